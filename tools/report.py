@@ -1,0 +1,40 @@
+"""Write the report of a run or of a folder of runs, and print the comparison."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.report.html import is_run, write_index, write_report
+from wtn_pretrain.report.summary import collect, read_summary, write_summaries, write_summary
+from wtn_pretrain.report.table import table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a run, or a folder of runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    try:
+        if is_run(folder):
+            page = write_report(folder)
+            summaries = [read_summary(folder / "summary.json")] if (folder / "summary.json").exists() else []
+            if options.json and summaries:
+                write_summary(options.json, summaries[0])
+        else:
+            page = write_index(folder)
+            found = collect(folder)
+            for path in filter(None, (folder / "summary.json", options.json)):
+                write_summaries(path, found)
+            summaries = list(found.values())
+    except (UserError, OSError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    print(table(summaries) if summaries else "no summary.json yet: the run has not finished")
+    print(f"\n{page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

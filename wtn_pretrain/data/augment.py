@@ -1,0 +1,73 @@
+"""Random views of images, drawn from one seed a sample for the whole batch at once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wtn_pretrain.data.hashing import uniforms
+
+_SHIFT, _FLIP, _CROP = 1, 2, 3
+_CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is random in a training image."""
+
+    shift: int = 0
+    """Largest shift in pixels along each axis; what comes into view is black (the pad-and-crop of CIFAR)."""
+    flip: bool = False
+    """Mirror left to right with probability one half."""
+    random_resized_crop: bool = False
+    """A crop of 8 to 100% of the area and aspect 3/4 to 4/3, resized (ImageNet)."""
+
+    def __bool__(self) -> bool:
+        return bool(self.shift or self.flip or self.random_resized_crop)
+
+
+def shift_and_flip(pixels: np.ndarray, seeds: np.ndarray, augment: Augment) -> np.ndarray:
+    """`pixels` uint8 [B, C, H, W] shifted and mirrored as each of the `seeds` [B] says; same shape and dtype."""
+    if not augment.shift and not augment.flip:
+        return pixels
+    count, channels, height, width = pixels.shape
+    pad = augment.shift
+    offsets = np.floor(uniforms(seeds, _SHIFT, 2) * (2 * pad + 1)).astype(np.int64)
+    columns = np.broadcast_to(np.arange(width), (count, width))
+    if augment.flip:
+        mirrored = uniforms(seeds, _FLIP, 1) < 0.5
+        columns = np.where(mirrored, width - 1 - columns, columns)
+    rows = np.arange(height) + offsets[:, :1]
+    columns = columns + offsets[:, 1:]
+    padded = np.zeros((count, channels, height + 2 * pad, width + 2 * pad), np.uint8)
+    padded[:, :, pad : pad + height, pad : pad + width] = pixels
+    samples, planes = np.arange(count)[:, None, None, None], np.arange(channels)[None, :, None, None]
+    return padded[samples, planes, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def centre_box(width: int, height: int, fraction: float) -> tuple[float, float, float, float]:
+    """The centred square (left, top, right, bottom) over `fraction` of the shorter side, in pixels."""
+    side = min(width, height) * fraction
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def crop_draws(seeds: np.ndarray) -> np.ndarray:
+    """What `random_box` needs for each of the seeds [B]: float64 [B, draws] in [0, 1)."""
+    return uniforms(seeds, _CROP, 2 * _CROP_ATTEMPTS + 2)
+
+
+def random_box(width: int, height: int, draws: np.ndarray) -> tuple[float, float, float, float]:
+    """A box (left, top, right, bottom) of 8 to 100% of the area and log-uniform aspect 3/4 to 4/3; where none of the attempts
+    fits, the largest centred box within these aspects."""
+    areas = width * height * (0.08 + 0.92 * draws[:_CROP_ATTEMPTS])
+    aspects = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * draws[_CROP_ATTEMPTS : 2 * _CROP_ATTEMPTS])
+    widths, heights = np.maximum(1, np.rint(np.sqrt(areas * aspects))), np.maximum(1, np.rint(np.sqrt(areas / aspects)))
+    fitting = np.flatnonzero((widths <= width) & (heights <= height))
+    if len(fitting):
+        across, down = float(widths[fitting[0]]), float(heights[fitting[0]])
+        left = np.floor(draws[-2] * (width - across + 1))
+        top = np.floor(draws[-1] * (height - down + 1))
+    else:
+        across, down = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - across) // 2, (height - down) // 2
+    return float(left), float(top), float(left + across), float(top + down)

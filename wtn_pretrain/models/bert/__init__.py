@@ -1,0 +1,1 @@
+"""BERT: shape, network and its adapter to Hugging Face."""

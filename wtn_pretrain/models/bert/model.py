@@ -1,0 +1,178 @@
+"""BERT as a block network: embeddings, encoder layers, masked-language-model head tied to the embedding."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wtn_pretrain.models.base import BlockNetwork, Carry, Taps
+from wtn_pretrain.models.bert.config import BertConfig
+
+
+class BertStem(nn.Module):
+    """Word, position and segment embeddings: inputs -> carry with hidden [B, S, D]."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_positions, config.hidden_size)
+        self.token_type = nn.Embedding(config.token_types, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm == "post" else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Carry:
+        """`input_ids` [B, S] int64, optional `token_type_ids` [B, S] int64 and `attention_mask` [B, S] (1 = token, 0 = padding)."""
+        ids_BS = inputs["input_ids"]
+        positions_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        types_BS = inputs.get("token_type_ids")
+        types_BS = torch.zeros_like(ids_BS) if types_BS is None else types_BS
+        hidden_BSD = self.word(ids_BS) + self.token_type(types_BS) + self.position(positions_S)
+        mask_BS = inputs.get("attention_mask")
+        context = () if mask_BS is None else (mask_BS[:, None, None, :].bool(),)
+        return Carry(self.dropout(self.norm(hidden_BSD)), context)
+
+
+class BertBlock(nn.Module):
+    """One encoder layer, post-LN or pre-LN."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.heads, self.head_size = config.heads, config.head_size
+        inner = config.heads * config.head_size
+        self.query = nn.Linear(config.hidden_size, inner)
+        self.key = nn.Linear(config.hidden_size, inner)
+        self.value = nn.Linear(config.hidden_size, inner)
+        self.attention_output = nn.Linear(inner, config.hidden_size)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_dropout = config.attention_dropout
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, carry: Carry, taps: Taps | None = None) -> Carry:
+        """Carry to carry; with `taps`, also lays open the attention scores [B, H, S, S] before the softmax, scaled and unmasked."""
+        x_BSD = carry.hidden
+        mask = carry.context[0] if carry.context else None
+        if self.pre_norm:
+            x_BSD = x_BSD + self.dropout(self._attend(self.attention_norm(x_BSD), mask, taps))
+            x_BSD = x_BSD + self.dropout(self._feed_forward(self.output_norm(x_BSD)))
+        else:
+            x_BSD = self.attention_norm(x_BSD + self.dropout(self._attend(x_BSD, mask, taps)))
+            x_BSD = self.output_norm(x_BSD + self.dropout(self._feed_forward(x_BSD)))
+        return Carry(x_BSD, carry.context)
+
+    def _attend(self, x_BSD: Tensor, mask: Tensor | None, taps: Taps | None) -> Tensor:
+        shape = (*x_BSD.shape[:2], self.heads, self.head_size)
+        q_BHSK, k_BHSK, v_BHSK = (
+            projection(x_BSD).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value)
+        )
+        if taps is not None:
+            taps["attention"] = q_BHSK @ k_BHSK.transpose(-1, -2) * self.head_size**-0.5
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, dropout_p=dropout)
+        return self.attention_output(mixed_BHSK.transpose(1, 2).flatten(2))
+
+    def _feed_forward(self, x_BSD: Tensor) -> Tensor:
+        return self.output(F.gelu(self.intermediate(x_BSD)))
+
+
+class BertHead(nn.Module):
+    """Masked-language-model head (its decoder is the word embedding) and, if configured, the pair head on [CLS]."""
+
+    def __init__(self, config: BertConfig, embedding: nn.Parameter) -> None:
+        super().__init__()
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm == "pre" else nn.Identity()
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # the same Parameter object as the stem's: tied, and gathered by ZeRO-3 for this module too
+        self.decoder = embedding
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.pair: BertPairHead | None = BertPairHead(config) if config.pair_head != "none" else None
+
+    def forward(self, carry: Carry, positions: Tensor | None = None) -> Tensor:
+        """Vocabulary logits [B, S, V], or [B, P, V] at `positions` [B, P] only, so that nothing is spent on the rest."""
+        hidden = carry.hidden
+        if positions is not None:
+            hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        return F.linear(self.norm(F.gelu(self.transform(self.final_norm(hidden)))), self.decoder, self.bias)
+
+    def pair_logits(self, carry: Carry) -> Tensor:
+        """Logits [B, 2]: 0 = the second segment follows the first."""
+        if self.pair is None:
+            raise RuntimeError("this network was built without a pair head")
+        return self.pair(self.final_norm(carry.hidden[:, 0]))
+
+
+class BertPairHead(nn.Module):
+    """BERT's pooler and the two-way classifier of next-sentence or sentence-order prediction."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, first_BD: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.pooler(first_BD)))
+
+
+class BertNetwork(BlockNetwork):
+    """BERT for masked language modelling."""
+
+    config: BertConfig
+    channel_axis: ClassVar[int] = -1
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = (config.layers,)
+        self.stem = BertStem(config)
+        self.blocks = nn.ModuleList(BertBlock(config) for _ in range(config.layers))
+        self.head = BertHead(config, self.stem.word.weight)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = self.config.initializer_range
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def widths(self) -> list[int]:
+        return [self.config.hidden_size] * (self.config.layers + 1)
+
+    def why_not_foldable(self, boundary: int) -> str | None:
+        if boundary < self.config.layers:
+            return f"the identity skip of encoder layer {boundary + 1} carries the unmerged hidden state past its projections"
+        if self.config.norm == "pre":
+            return "the final LayerNorm of a pre-LN network stands between the boundary and the head's first linear map"
+        return None
+
+    def fold(self, boundary: int, matrix: Tensor) -> None:
+        reason = self.why_not_foldable(boundary)
+        if reason:
+            raise RuntimeError(reason)
+        with torch.no_grad():
+            self.head.transform.weight.copy_(self.head.transform.weight @ matrix)
+            if self.head.pair is not None:
+                self.head.pair.pooler.weight.copy_(self.head.pair.pooler.weight @ matrix)
+
+    def start_head_from(self, wide: BlockNetwork, expand: Tensor | None, reduce: Tensor | None) -> None:
+        mine, theirs = self.head, wide.head
+        if expand is None or reduce is None:
+            # the decoder is the word embedding: it starts with the stem, not here
+            own = {name: value for name, value in theirs.state_dict().items() if name != "decoder" and name in mine.state_dict()}
+            mine.load_state_dict(own, strict=False)
+            return
+        with torch.no_grad():
+            mine.transform.weight.copy_(reduce @ theirs.transform.weight @ expand)
+            mine.transform.bias.copy_(reduce @ theirs.transform.bias)
+            mine.bias.copy_(theirs.bias)
+            if mine.pair is not None and theirs.pair is not None:
+                mine.pair.pooler.weight.copy_(reduce @ theirs.pair.pooler.weight @ expand)
+                mine.pair.pooler.bias.copy_(reduce @ theirs.pair.pooler.bias)
+                mine.pair.classifier.weight.copy_(theirs.pair.classifier.weight @ expand)
+                mine.pair.classifier.bias.copy_(theirs.pair.classifier.bias)

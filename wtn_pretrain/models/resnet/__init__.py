@@ -1,0 +1,1 @@
+"""ResNet: shape, network and its adapter to Hugging Face."""

@@ -1,0 +1,124 @@
+"""ResNet as a block network: first convolution and pool, residual blocks, pool and classifier."""
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from wtn_pretrain.models.base import BlockNetwork, Carry, Taps
+from wtn_pretrain.models.resnet.config import ResNetConfig
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class ResNetStem(nn.Module):
+    """First convolution, batch norm, ReLU and, for ImageNet, max-pool: `pixels` [B, C, Y, X] -> carry."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        imagenet = config.stem == "imagenet"
+        self.conv = _conv(config.image_channels, config.stem_channels, 7 if imagenet else 3, 2 if imagenet else 1)
+        self.norm = nn.BatchNorm2d(config.stem_channels)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1) if imagenet else nn.Identity()
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Carry:
+        return Carry(self.pool(torch.relu(self.norm(self.conv(inputs["pixels"])))))
+
+
+class ResNetBlock(nn.Module):
+    """ReLU(shortcut(x) + residual(x)); the shortcut is the identity unless width or resolution changes."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        if bottleneck:
+            layers = [(_conv(inputs, inner, 1), inner), (_conv(inner, inner, 3, stride), inner), (_conv(inner, outputs, 1), outputs)]
+        else:
+            layers = [(_conv(inputs, inner, 3, stride), inner), (_conv(inner, outputs, 3), outputs)]
+        self.convs = nn.ModuleList(conv for conv, _ in layers)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _, width in layers)
+        self.shortcut: nn.Sequential | None = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, carry: Carry, taps: Taps | None = None) -> Carry:
+        x = carry.hidden
+        residual = x if self.shortcut is None else self.shortcut(x)
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(torch.relu(x) if index else x))
+        return Carry(torch.relu(x + residual), carry.context)
+
+
+class ResNetHead(nn.Module):
+    """Global average pool and classifier: carry -> logits [B, classes]."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(config.channels[-1], config.classes)
+
+    def forward(self, carry: Carry) -> Tensor:
+        return self.classifier(carry.hidden.mean(dim=(2, 3)))
+
+
+class ResNetNetwork(BlockNetwork):
+    """ResNet for image classification."""
+
+    config: ResNetConfig
+    channel_axis: ClassVar[int] = 1
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = config.depths
+        self.stem = ResNetStem(config)
+        blocks = []
+        width = config.stem_channels
+        for stage, (depth, inner, outer) in enumerate(zip(config.depths, config.inner_channels, config.channels, strict=True)):
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(ResNetBlock(width, inner, outer, stride, config.block == "bottleneck"))
+                width = outer
+        self.blocks = nn.ModuleList(blocks)
+        self.head = ResNetHead(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if self.config.zero_init_residual:
+            for block in self.blocks:
+                nn.init.zeros_(block.norms[-1].weight)
+
+    def widths(self) -> list[int]:
+        per_block = [width for depth, width in zip(self.config.depths, self.config.channels, strict=True) for _ in range(depth)]
+        return [self.config.stem_channels, *per_block]
+
+    def why_not_foldable(self, boundary: int) -> str | None:
+        if boundary < len(self.blocks) and self.blocks[boundary].shortcut is None:
+            ends = list(accumulate(self.config.depths))
+            stage = next(number for number, end in enumerate(ends, start=1) if boundary < end)
+            return f"the identity skip of block {boundary + 1} (stage {stage}) carries the unmerged feature map past its convolutions"
+        return None
+
+    def fold(self, boundary: int, matrix: Tensor) -> None:
+        reason = self.why_not_foldable(boundary)
+        if reason:
+            raise RuntimeError(reason)
+        with torch.no_grad():
+            if boundary == len(self.blocks):
+                # the average pool commutes with a map of channels
+                self.head.classifier.weight.copy_(self.head.classifier.weight @ matrix)
+                return
+            block = self.blocks[boundary]
+            for conv in (block.convs[0], block.shortcut[0]):
+                conv.weight.copy_(torch.einsum("ocyx,ci->oiyx", conv.weight, matrix))
+
+    def start_head_from(self, wide: BlockNetwork, expand: Tensor | None, reduce: Tensor | None) -> None:
+        with torch.no_grad():
+            weight = wide.head.classifier.weight
+            self.head.classifier.weight.copy_(weight if expand is None else weight @ expand)
+            self.head.classifier.bias.copy_(wide.head.classifier.bias)

@@ -1,0 +1,249 @@
+"""How a stage says where it stands: a progress bar or plain lines, TensorBoard events and `metrics.jsonl`."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from wtn_pretrain.errors import UserError
+
+METRICS = "metrics.jsonl"
+SETTLE = 5  # steps left out of the rate: they pay for compilation, allocation and cold caches
+RESERVED = {"time", "stage", "step", "kind"}
+
+
+class Monitor:
+    """Where a stage says how it is doing. Does nothing on ranks other than 0.
+
+    `folder` receives `metrics.jsonl` and `events/`; records of `stage` beyond step `start` are dropped from both, so that a
+    resumed stage reads as one uninterrupted run (`start=0` drops all of them). `steps` is the last step of the stage.
+    Raises `UserError` when an existing `metrics.jsonl` is corrupt.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        steps: int,
+        *,
+        start: int = 0,
+        log_every: int = 20,
+        rank: int = 0,
+        tensorboard: bool = True,
+        title: str | None = None,
+    ) -> None:
+        if log_every < 1:
+            raise UserError(f"log_every {log_every}: give a number of steps of at least 1")
+        self._active = rank == 0
+        if not self._active:
+            return
+        self._stage, self._steps, self._log_every = stage, steps, log_every
+        self._title = title or stage
+        self._step = self._start = start
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_beyond(folder / METRICS, stage, start)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            # slow to import, and not needed by those who only read metrics
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard purges from the given step on, and steps count from 1
+            self._events = SummaryWriter(folder / "events", purge_step=start + 1 if start else 0, flush_secs=30)
+        self._bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+            self._bar = tqdm(total=steps, initial=start, desc=self._title, bar_format=shape, dynamic_ncols=True, file=sys.stderr)
+        self._samples = 0  # since `_begin`, as are `_counted` steps and `_paused` seconds of validation
+        self._counted = 0
+        self._paused = 0.0
+        self._begin = self._last = time.perf_counter()
+
+    def step(self, step: int, scalars: Mapping[str, Any], samples: int) -> None:
+        """Report training step `step` (from 1), which took `samples` samples over all ranks.
+
+        `scalars` holds numbers, 0-dim tensors, strings such as `phase`, and `units`: the imitation error of each block, a
+        list or a 1-dim tensor. Tensors are read only at the steps that are written, so other steps do not wait for the device.
+        """
+        if not self._active:
+            return
+        self._step, self._last = step, time.perf_counter()
+        self._samples += samples
+        self._counted += 1
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        if step % self._log_every == 0 or step == self._steps:
+            self._log(step, {name: _plain(value) for name, value in scalars.items()})
+        if step == self._start + SETTLE:
+            self._begin, self._samples, self._counted, self._paused = time.perf_counter(), 0, 0, 0.0
+
+    def evaluated(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Report a validation result after training step `step`; the time it took is left out of the training rate."""
+        if not self._active:
+            return
+        values = {name: _plain(value) for name, value in scalars.items()}
+        self._write("valid", step, values)
+        self._chart("valid/", step, values)
+        figures = ", ".join(f"{name} {_short(value)}" for name, value in values.items() if isinstance(value, int | float))
+        self._tell(f"{self._title} {step}/{self._steps} validation: {figures}")
+        now = time.perf_counter()
+        self._paused += now - self._last
+        self._last = now
+
+    def event(self, name: str, **values: Any) -> None:
+        """Record anything else in `metrics.jsonl`; `step` may be among `values`, else the last reported step is taken."""
+        if not self._active:
+            return
+        step = int(values.pop("step", self._step))
+        self._write("event", step, {"name": name, **{key: _plain(value) for key, value in values.items()}})
+
+    def close(self) -> None:
+        """Flush and close what is open; a second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        elapsed = time.perf_counter() - self._begin
+        if self._counted and elapsed > self._paused:
+            values["rate"] = round(self._samples / (elapsed - self._paused), 3)
+        self._write("train", step, values)
+        self._chart("", step, values)
+        rate = f"{_short(values['rate'])} samples/s" if "rate" in values else ""
+        told = ", ".join(part for part in (_headline(values), rate) if part)
+        if self._bar is not None:
+            self._bar.set_postfix_str(told)
+            return
+        left = elapsed / self._counted * (self._steps - step) if self._counted else math.nan
+        ending = f", {tqdm.format_interval(left)} left" if math.isfinite(left) else ""
+        self._tell(f"{self._title} {step}/{self._steps} {told}{ending}")
+
+    def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        taken = RESERVED & values.keys()
+        if taken:
+            raise ValueError(f"metric name {min(taken)} is taken by the record itself; choose another")
+        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        record = {"time": now, "stage": self._stage, "step": step, "kind": kind, **_finite(values)}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def _chart(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._events is None:
+            return
+        for name, value in values.items():
+            parts = {f"{name}/{i:02d}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+            for tag, part in parts.items():
+                if isinstance(part, int | float) and not isinstance(part, bool):
+                    self._events.add_scalar(f"{self._stage}/{group}{tag}", part, step)
+
+    def _tell(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+
+def say(message: str) -> None:
+    """Print one line on standard error, on rank 0 only, without tearing a progress bar."""
+    import torch.distributed as dist  # here, since reading metrics needs no torch
+
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, oldest first; an unreadable last line, left by a crash, is ignored.
+
+    Raises `UserError` naming file and line for any other line that is not a record.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"metrics {path}: {error.strerror}") from None
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record["step"], int) or not record.keys() >= RESERVED:
+                raise ValueError("no record of a stage")
+        except (ValueError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not a metrics record ({error}); remove the line and try again") from None
+        records.append(record)
+    return records
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put `text` (UTF-8) into `path` so that a reader finds the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _drop_beyond(path: Path, stage: str, start: int) -> None:
+    """Rewrite `path` without the records of `stage` beyond `start` and without a line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["stage"] != stage or start and record["step"] <= start]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it: tensors and numpy scalars become numbers, 1-dim tensors and tuples lists, paths strings."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if hasattr(value, "tolist"):  # one transfer for a whole tensor
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return float(value)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinities, which JSON does not know."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list) else value
+
+
+def _headline(values: Mapping[str, Any]) -> str:
+    """The loss; while imitating without one, the mean error of the blocks."""
+    if isinstance(values.get("loss"), int | float):
+        return f"loss {_short(values['loss'])}"
+    units = [unit for unit in values.get("units") or [] if isinstance(unit, int | float) and math.isfinite(unit)]
+    return f"error {_short(sum(units) / len(units))}" if units else ""
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:,.0f}"
