@@ -15,13 +15,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a run, or a folder of runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     options = parser.parse_args()
-    folder: Path = options.folder
     try:
+        folder: Path = options.folder
         if is_run(folder):
             page = write_report(folder)
             summaries = [read_summary(folder / "summary.json")] if (folder / "summary.json").exists() else []
-            if options.json and summaries:
-                write_summary(options.json, summaries[0])
+            for summary in summaries if options.json else ():
+                write_summary(options.json, summary)
         else:
             page = write_index(folder)
             found = collect(folder)
@@ -31,8 +31,7 @@ def main() -> int:
     except (UserError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    print(table(summaries) if summaries else "no summary.json yet: the run has not finished")
-    print(f"\n{page}")
+    print(table(summaries) if summaries else "no summary.json yet: the run has not finished", page, sep="\n\n")
     return 0
 
 

@@ -64,7 +64,9 @@ def read_idx(folder: Path) -> tuple[Arrays, Arrays | None]:
         raise UserError(f"{folder}: no train-images-idx3-ubyte[.gz]; data.path takes the folder that holds the IDX files")
     valid = _read_idx_split(folder, ("t10k", "test", "valid"))
     if valid is not None and valid.pixels.shape[1:] != train.pixels.shape[1:]:
-        raise UserError(f"{valid.origin}: images of {_extent(valid.pixels)} pixels, in training {_extent(train.pixels)}; give one data set's files")
+        raise UserError(
+            f"{valid.origin}: images of {_extent(valid.pixels)} pixels, in training {_extent(train.pixels)}; give one data set's files"
+        )
     return train, valid
 
 
@@ -75,7 +77,9 @@ def read_cifar(folder: Path) -> tuple[Arrays, Arrays | None]:
     if not files:
         raise UserError(f"{folder}: no data_batch_*.bin; data.path takes the folder of CIFAR-10's binary version")
     parts = [_read_cifar_file(file) for file in files]
-    train = Arrays(np.concatenate([part.pixels for part in parts]), np.concatenate([part.labels for part in parts]), str(folder / "data_batch_*.bin"))
+    train = Arrays(
+        np.concatenate([part.pixels for part in parts]), np.concatenate([part.labels for part in parts]), str(folder / "data_batch_*.bin")
+    )
     test = folder / "test_batch.bin"
     return train, _read_cifar_file(test) if test.exists() else None
 
@@ -110,7 +114,12 @@ def _read_idx_split(folder: Path, names: tuple[str, ...]) -> Arrays | None:
 
 
 def _find_idx(folder: Path, names: tuple[str, ...], kind: str) -> Path | None:
-    found = [path for name in names for path in sorted(folder.glob(f"{name}-{kind}*ubyte*")) if path.suffix in ("", ".gz") or "ubyte" in path.suffix]
+    found = [
+        path
+        for name in names
+        for path in sorted(folder.glob(f"{name}-{kind}*ubyte*"))
+        if path.suffix in ("", ".gz") or "ubyte" in path.suffix
+    ]
     return found[0] if found else None
 
 
@@ -120,7 +129,9 @@ def _read_idx_file(file: Path) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({error}); fetch the file again") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise UserError(f"{file}: not an IDX file of unsigned bytes (it starts with {content[:4].hex(' ') or 'nothing'}); fetch the file again")
+        raise UserError(
+            f"{file}: not an IDX file of unsigned bytes (it starts with {content[:4].hex(' ') or 'nothing'}); fetch the file again"
+        )
     start = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:start].ljust(start - 4, b"\0"), ">u4").astype(np.int64)
     expected = start + int(np.prod(shape))

@@ -125,7 +125,9 @@ def native_size(images: Encoded) -> int:
         width, height = _attempt(images, index, lambda image: image.size)
         side = side or width
         if (width, height) != (side, side):
-            raise UserError(f"{images.name(index)}: {width} x {height} pixels where {side} x {side} was expected; set data.size to crop and resize")
+            raise UserError(
+                f"{images.name(index)}: {width} x {height} pixels where {side} x {side} was expected; set data.size to crop and resize"
+            )
     assert side is not None
     return side
 
@@ -151,7 +153,9 @@ def read_folder(root: Path) -> tuple[FileImages, np.ndarray, FileImages | None, 
         return train, labels, None, None, classes
     unknown = [name for name in _class_folders(held_out) if name not in classes]
     if unknown:
-        raise UserError(f"{held_out / unknown[0]}: class {unknown[0]} is not among the {len(classes)} of {root / 'train'}; remove or rename the folder")
+        raise UserError(
+            f"{held_out / unknown[0]}: class {unknown[0]} is not among the {len(classes)} of {root / 'train'}; remove or rename the folder"
+        )
     valid, valid_labels = _list_images(held_out, _class_folders(held_out), classes)
     if not len(valid):
         raise UserError(f"{held_out}: no images; fill it or remove it (data.valid_fraction then splits train)")

@@ -54,8 +54,12 @@ class BatchStream:
             raise UserError("the data set holds no samples; give one that does")
         per_pass = world_size if micro_batch_size is None else micro_batch_size * world_size
         if batch_size % per_pass:
-            sizes = f"world_size {world_size}" if micro_batch_size is None else f"micro_batch_size {micro_batch_size} x world_size {world_size}"
-            raise UserError(f"batch_size {batch_size} is not a multiple of {per_pass} ({sizes}); choose one that is, {_multiples(batch_size, per_pass)}")
+            sizes = (
+                f"world_size {world_size}" if micro_batch_size is None else f"micro_batch_size {micro_batch_size} x world_size {world_size}"
+            )
+            raise UserError(
+                f"batch_size {batch_size} is not a multiple of {per_pass} ({sizes}); choose one that is, {_multiples(batch_size, per_pass)}"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size or batch_size // world_size

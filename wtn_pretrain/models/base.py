@@ -69,10 +69,19 @@ class BlockNetwork(nn.Module, ABC):
 
     def forward(self, inputs: Mapping[str, Tensor], **head: Any) -> Tensor:
         """Logits of a batch; `head` goes to the head (for masked language models, the positions to predict)."""
+        return self.head(self.features(inputs), **head)
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Carry:
+        """The carry after the last block."""
         carry = self.stem(inputs)
         for block in self.blocks:
             carry = block(carry)
-        return self.head(carry, **head)
+        return carry
+
+    @staticmethod
+    def counted(carry: Carry) -> Tensor | None:
+        """Bool [B, S]: the positions that a loss on the hidden state counts; None where all do."""
+        return None
 
     @abstractmethod
     def widths(self) -> list[int]:
@@ -85,6 +94,10 @@ class BlockNetwork(nn.Module, ABC):
     @abstractmethod
     def fold(self, boundary: int, matrix: Tensor) -> None:
         """Replaces what follows `boundary` by itself after `matrix` [d, d]: new(x) = old(matrix x), in place."""
+
+    @abstractmethod
+    def start_stem_from(self, wide: "BlockNetwork", reduce: Tensor | None) -> None:
+        """Starts this stem from the wide one: equal where the widths are, else as near as `reduce` [d, D] brings it (or not at all)."""
 
     @abstractmethod
     def start_head_from(self, wide: "BlockNetwork", expand: Tensor | None, reduce: Tensor | None) -> None:

@@ -2,12 +2,12 @@
 
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -52,8 +52,8 @@ class Arm:
     @staticmethod
     def statistics(values: Sequence[float]) -> dict[str, Any]:
         """`mean`, `spread` and `values` of the seeds, to be passed on to `Arm(...)` or `WinArm(...)`."""
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return {"mean": statistics.fmean(values), "spread": spread, "values": [float(value) for value in values]}
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return {"mean": float(np.mean(values)), "spread": spread, "values": [float(value) for value in values]}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,10 +14,7 @@ def table(summaries: Iterable[Summary]) -> str:
         heading = f"{summary.model} / {summary.name}: {measure(summary.metric)}, {better} is better"
         rows = [columns(summary), *([name, *cells(summary.metric, arm)] for name, arm in summary.arms().items())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         rule = "  ".join("-" * width for width in widths)
         parts.append("\n".join([heading, "", lines[0], rule, *lines[1:], "", verdict(summary)]))
     return "\n\n\n".join(parts)
@@ -59,7 +56,7 @@ def verdict(summary: Summary) -> str:
     start = f"WIN is {'ahead of' if ahead else 'behind'} scratch by {size}{unit}"
     if gain.standard_error is None:
         few = "one seed each" if len(scratch.values) == len(win.values) == 1 else "one arm has a single seed"
-        known = "this is within the spread between seeds" if gain.within_spread else "whether this is more than chance, only more seeds can tell"
+        known = "this is within the spread between seeds" if gain.within_spread else "only more seeds can tell whether this is chance"
         return f"{start} ({few}, so no standard error); {known}."
     start += f" (+- {quality(summary.metric, gain.standard_error)} standard error, {len(win.values)} and {len(scratch.values)} seeds)"
     if gain.within_spread:

@@ -60,7 +60,8 @@ class Monitor:
             # TensorBoard purges from the given step on, and steps count from 1
             self._events = SummaryWriter(folder / "events", purge_step=start + 1 if start else 0, flush_secs=30)
         self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
+        # some terminals do not know their width: a bar on them would be empty
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
             self._bar = tqdm(total=steps, initial=start, desc=self._title, bar_format=shape, dynamic_ncols=True, file=sys.stderr)
         self._samples = 0  # since `_begin`, as are `_counted` steps and `_paused` seconds of validation

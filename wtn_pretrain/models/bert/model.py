@@ -50,7 +50,7 @@ class BertBlock(nn.Module):
         self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout = nn.Dropout(config.attention_dropout)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, carry: Carry, taps: Taps | None = None) -> Carry:
@@ -72,7 +72,7 @@ class BertBlock(nn.Module):
         )
         if taps is not None:
             taps["attention"] = q_BHSK @ k_BHSK.transpose(-1, -2) * self.head_size**-0.5
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout.p if self.attention_dropout.training else 0.0
         mixed_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, dropout_p=dropout)
         return self.attention_output(mixed_BHSK.transpose(1, 2).flatten(2))
 
@@ -141,6 +141,10 @@ class BertNetwork(BlockNetwork):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    @staticmethod
+    def counted(carry: Carry) -> Tensor | None:
+        return carry.context[0][:, 0, 0] if carry.context else None
+
     def widths(self) -> list[int]:
         return [self.config.hidden_size] * (self.config.layers + 1)
 
@@ -159,6 +163,16 @@ class BertNetwork(BlockNetwork):
             self.head.transform.weight.copy_(self.head.transform.weight @ matrix)
             if self.head.pair is not None:
                 self.head.pair.pooler.weight.copy_(self.head.pair.pooler.weight @ matrix)
+
+    def start_stem_from(self, wide: BlockNetwork, reduce: Tensor | None) -> None:
+        with torch.no_grad():
+            for name, mine in self.stem.state_dict(keep_vars=True).items():
+                theirs = wide.stem.get_parameter(name)
+                if reduce is None:
+                    mine.copy_(theirs)
+                elif mine.dim() == 2:
+                    # pre-LN: the stem is a sum of rows, so this is the wide stem projected; post-LN: up to its norm
+                    mine.copy_(theirs @ reduce.T)
 
     def start_head_from(self, wide: BlockNetwork, expand: Tensor | None, reduce: Tensor | None) -> None:
         mine, theirs = self.head, wide.head

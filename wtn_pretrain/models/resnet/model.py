@@ -117,6 +117,11 @@ class ResNetNetwork(BlockNetwork):
             for conv in (block.convs[0], block.shortcut[0]):
                 conv.weight.copy_(torch.einsum("ocyx,ci->oiyx", conv.weight, matrix))
 
+    def start_stem_from(self, wide: BlockNetwork, reduce: Tensor | None) -> None:
+        # a projected convolution would not commute with its batch norm and ReLU: under outer widening the stem learns from its start
+        if reduce is None:
+            self.stem.load_state_dict(wide.stem.state_dict())
+
     def start_head_from(self, wide: BlockNetwork, expand: Tensor | None, reduce: Tensor | None) -> None:
         with torch.no_grad():
             weight = wide.head.classifier.weight

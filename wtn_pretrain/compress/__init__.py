@@ -1,0 +1,1 @@
+"""From the bridged thin network to the plain one."""

@@ -1,0 +1,289 @@
+"""Image classification sets: their settings, their splits and the normalised batches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from wtn_pretrain.config import Section
+from wtn_pretrain.data import image_files
+from wtn_pretrain.data.augment import Augment, shift_and_flip
+from wtn_pretrain.data.hashing import permutation
+from wtn_pretrain.data.image_arrays import CIFAR_CLASSES, ArrayPixels, Arrays, read_cifar, read_digits, read_idx
+from wtn_pretrain.data.image_files import DecodedPixels, Encoded, Subset, TableImages
+from wtn_pretrain.data.tables import check_column, open_tables, training_table, validation_table
+from wtn_pretrain.errors import UserError
+
+# The usual constants for networks trained on ImageNet, and their like for grey images.
+_DECODED_MEAN = {1: (0.449,), 3: (0.485, 0.456, 0.406)}
+_DECODED_STD = {1: (0.226,), 3: (0.229, 0.224, 0.225)}
+_SPLIT_SEED, _LIMIT_SEED = 1, 2
+
+
+class ImageData(Section):
+    """Labelled images for classification."""
+
+    kind: Literal["images"] = "images"
+    """Images."""
+    source: Literal["digits", "folder", "idx", "cifar", "datasets"] = "digits"
+    """Where the images come from: scikit-learn's digits (need no file), class folders, IDX files (MNIST), CIFAR-10's binary version,
+    or tables read through the datasets library."""
+    path: str | None = None
+    """Folder with train/ and valid/ (or test/) class folders, folder of IDX files or of data_batch_*.bin, or for datasets a hub name
+    or a folder of Parquet or arrow files; digits need none."""
+    size: int | None = Field(default=None, ge=1)
+    """Side in pixels to crop and resize to; null keeps the native size, which all images must then share."""
+    channels: Literal[1, 3] | None = None
+    """Colour channels to convert to: 1 (grey) or 3 (RGB); null keeps what the images have."""
+    classes: int | None = Field(default=None, ge=1)
+    """Number of classes that labels must stay below; null takes what the training labels show."""
+    shift: int = Field(default=0, ge=0)
+    """Largest random shift of a training image in pixels along each axis (4 is the usual pad-and-crop of CIFAR)."""
+    flip: bool = False
+    """Mirror training images left to right at random."""
+    random_resized_crop: bool = False
+    """Cut training images at random from 8 to 100% of the area, as for ImageNet; sources folder and datasets, with size."""
+    crop_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of the shorter side that the centre crop keeps (0.875 is usual for ImageNet); sources folder and datasets, with size."""
+    valid_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Part held out for validation where the source has no such split."""
+    limit: int | None = Field(default=None, ge=1)
+    """Train on the first so many samples of a fixed shuffle; null takes all."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that prepare batches beside the training; 0 prepares them in its own."""
+    image_column: str = "image"
+    """Column of the images, source datasets."""
+    label_column: str = "label"
+    """Column of the labels, source datasets."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ImageData":
+        if self.source != "digits" and self.path is None:
+            raise UserError(f"path is missing, which source {self.source} needs")
+        if self.source not in ("folder", "datasets") or self.size is None:
+            for name in ("random_resized_crop", "crop_fraction"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise UserError(f"{name} needs size and source folder or datasets; leave it out")
+        return self
+
+
+class Pixels(Protocol):
+    """Where a set's images are read from."""
+
+    def read(self, indices: np.ndarray, seeds: np.ndarray | None, augment: Augment | None) -> np.ndarray:
+        """uint8 [B, C, size, size]; the source applies random_resized_crop itself, for it decodes."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A Dataset of {"pixels": float32 [B, C, size, size], normalised per channel, "labels": int64 [B]}."""
+
+    pixels: Pixels
+    labels: np.ndarray  # int64 [N]
+    mean: tuple[float, ...]  # of pixel values in [0, 1], per channel
+    std: tuple[float, ...]
+    augment: Augment | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
+        """See `wtn_pretrain.data.stream.Dataset`."""
+        pixels = self.pixels.read(indices, seeds, self.augment)
+        if self.augment is not None and seeds is not None:
+            pixels = shift_and_flip(pixels, seeds, self.augment)
+        # one multiply and one add a pixel: x / 255 / std - mean / std
+        std = torch.tensor(self.std).view(-1, 1, 1)
+        offset = torch.tensor(self.mean).view(-1, 1, 1) / std
+        normalised = torch.from_numpy(pixels).float().mul_(1 / (255 * std)).sub_(offset)
+        return {"pixels": normalised, "labels": torch.from_numpy(self.labels[indices])}
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """A training and a validation set with what a model has to know about them."""
+
+    train: ImageSet
+    valid: ImageSet
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def open_images(config: ImageData) -> ImageSplits:
+    """The splits that `config` describes. Raises a UserError for what is missing, corrupt or does not fit together."""
+    splits = _open(config)
+    if config.classes is not None and config.classes != len(splits.classes):
+        raise UserError(f"data.classes {config.classes}: the source has {len(splits.classes)} named classes; leave the setting out")
+    return splits
+
+
+def _open(config: ImageData) -> ImageSplits:
+    if config.source == "digits":
+        return _array_splits(config, read_digits(), None, tuple(str(digit) for digit in range(10)))
+    assert config.path is not None
+    if config.source == "datasets":
+        return _table_splits(config, config.path)
+    root = Path(config.path)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; set data.path to the folder of the images")
+    if config.source == "idx":
+        return _array_splits(config, *read_idx(root), None)
+    if config.source == "cifar":
+        return _array_splits(config, *read_cifar(root), CIFAR_CLASSES)
+    train, labels, valid, valid_labels, classes = image_files.read_folder(root)
+    return _decoded_splits(config, train, labels, valid, valid_labels, classes)
+
+
+def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classes: tuple[str, ...] | None) -> ImageSplits:
+    count = len(classes) if classes else config.classes or int(train.labels.max()) + 1
+    for part in (train, valid):
+        if part is not None:
+            _check_labels(part.labels, count, part.origin)
+    native = train.pixels.shape[1:]
+    if config.size is None and native[1] != native[2]:
+        raise UserError(f"{train.origin}: images of {native[1]} x {native[2]} pixels are not square; set data.size")
+    channels, size = config.channels or native[0], config.size or native[1]
+    if valid is None:
+        kept, rest = _split(len(train.labels), config, train.origin)
+        valid = Arrays(train.pixels[rest], train.labels[rest], train.origin)
+        train = Arrays(train.pixels[kept], train.labels[kept], train.origin)
+    # of the whole training split: a network stays usable whatever data.limit another run has
+    mean, std = _statistics(ArrayPixels(train.pixels, channels, native[2]), len(train.pixels))
+    chosen = _limited(len(train.labels), config)
+    training = ArrayPixels(train.pixels if config.limit is None else train.pixels[chosen], channels, size)
+    return ImageSplits(
+        ImageSet(training, train.labels[chosen], mean, std, _augment(config, size)),
+        ImageSet(ArrayPixels(valid.pixels, channels, size), valid.labels, mean, std),
+        classes or tuple(str(label) for label in range(count)),
+        channels,
+        size,
+        mean,
+        std,
+    )
+
+
+def _table_splits(config: ImageData, path: str) -> ImageSplits:
+    tables = open_tables(path)
+    train_table, valid_table = training_table(tables, path), validation_table(tables)
+    feature = train_table.features.get(config.label_column)
+    names: tuple[str, ...] | None = tuple(feature.names) if getattr(feature, "names", None) else None
+    train, labels, names = _table_split(config, train_table, names, f"{path}, split train")
+    if valid_table is None:
+        return _decoded_splits(config, train, labels, None, None, names)
+    valid, valid_labels, _ = _table_split(config, valid_table, names, f"{path}, validation split")
+    return _decoded_splits(config, train, labels, valid, valid_labels, names)
+
+
+def _table_split(
+    config: ImageData, table: Any, names: tuple[str, ...] | None, origin: str
+) -> tuple[TableImages, np.ndarray, tuple[str, ...]]:
+    import datasets
+
+    check_column(table, config.image_column, "data.image_column", origin)
+    check_column(table, config.label_column, "data.label_column", origin)
+    values = list(table[config.label_column])
+    try:
+        images = table.select_columns([config.image_column]).cast_column(config.image_column, datasets.Image(decode=False))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"{origin}: column {config.image_column} holds no images ({str(error).splitlines()[0]}); set data.image_column"
+        ) from None
+    if all(isinstance(value, str) for value in values):
+        names = names or tuple(sorted(set(values)))
+        unknown = next((row for row, value in enumerate(values) if value not in names), None)
+        if unknown is not None:
+            raise UserError(
+                f"{origin}: label {values[unknown]!r} at row {unknown} is not among the {len(names)} of training; remove the row"
+            )
+        labels = np.array([names.index(value) for value in values], np.int64)
+    else:
+        wrong = next((row for row, value in enumerate(values) if not isinstance(value, int)), None)
+        if wrong is not None:
+            raise UserError(
+                f"{origin}: label {values[wrong]!r} at row {wrong} is neither an integer nor, in every row, a name; set data.label_column"
+            )
+        labels = np.array(values, np.int64)
+        names = names or tuple(str(label) for label in range(config.classes or int(labels.max()) + 1))
+        _check_labels(labels, len(names), origin)
+    return TableImages(images, config.image_column, origin), labels, names
+
+
+def _decoded_splits(
+    config: ImageData, train: Encoded, labels: np.ndarray, valid: Encoded | None, valid_labels: np.ndarray | None, classes: tuple[str, ...]
+) -> ImageSplits:
+    channels = config.channels or image_files.native_channels(train)
+    size = config.size
+    if size is None:
+        size = image_files.native_size(train)
+        if valid is not None and image_files.native_size(valid) != size:
+            raise UserError(
+                f"{valid.name(0)}: images of another size than the {size} x {size} of training; set data.size to crop and resize"
+            )
+    if valid is None or valid_labels is None:
+        kept, rest = _split(len(labels), config, config.path or "")
+        valid, valid_labels = Subset(train, rest), labels[rest]
+        train, labels = Subset(train, kept), labels[kept]
+    chosen = _limited(len(labels), config)
+    mean, std = _DECODED_MEAN[channels], _DECODED_STD[channels]
+    training = DecodedPixels(Subset(train, chosen), channels, size, config.crop_fraction)
+    held_out = DecodedPixels(valid, channels, size, config.crop_fraction)
+    return ImageSplits(
+        ImageSet(training, labels[chosen], mean, std, _augment(config, size)),
+        ImageSet(held_out, valid_labels, mean, std),
+        classes,
+        channels,
+        size,
+        mean,
+        std,
+    )
+
+
+def _augment(config: ImageData, size: int) -> Augment | None:
+    if config.shift >= size:
+        raise UserError(f"data.shift {config.shift} can push an image of {size} x {size} pixels out of sight; lower it")
+    return Augment(config.shift, config.flip, config.random_resized_crop) or None
+
+
+def _statistics(source: ArrayPixels, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixel values in [0, 1], per channel."""
+    histogram = np.zeros((source.channels, 256), np.int64)
+    for first in range(0, count, 4096):
+        block = source.read(np.arange(first, min(first + 4096, count)), None, None)
+        for channel in range(source.channels):
+            histogram[channel] += np.bincount(block[:, channel].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    mean = (histogram * values).sum(1) / histogram.sum(1)
+    variance = (histogram * (values - mean[:, None]) ** 2).sum(1) / histogram.sum(1)
+    # a constant channel would divide by zero
+    return tuple(mean.tolist()), tuple(np.maximum(np.sqrt(variance), 1 / 255).tolist())
+
+
+def _check_labels(labels: np.ndarray, count: int, origin: str) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= count))
+    if len(wrong):
+        raise UserError(
+            f"{origin}: label {labels[wrong[0]]} at index {wrong[0]} is outside 0..{count - 1}, the classes of training; "
+            "correct the label or set data.classes"
+        )
+
+
+def _split(count: int, config: ImageData, origin: str) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and the validation samples, each in order."""
+    held_out = max(1, round(count * config.valid_fraction))
+    if held_out >= count:
+        raise UserError(
+            f"{origin}: {count} images leave none to train on after data.valid_fraction {config.valid_fraction}; lower it or add images"
+        )
+    order = permutation(_SPLIT_SEED, 0, count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _limited(count: int, config: ImageData) -> np.ndarray:
+    return np.arange(count) if config.limit is None else np.sort(permutation(_LIMIT_SEED, 0, count)[: config.limit])

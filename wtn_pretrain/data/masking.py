@@ -1,0 +1,125 @@
+"""Masking as in BERT: 15% of a row's tokens chosen, of which 80% become [MASK], 10% a random token and 10% stay."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from wtn_pretrain.data.hashing import uniforms
+from wtn_pretrain.data.text import TextSet
+from wtn_pretrain.data.tokenizer import continuations
+from wtn_pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+_CHOICE, _ACTION, _REPLACEMENT = 21, 22, 23
+
+
+class Masker:
+    """Chooses P = max(1, round(probability * (S - 2))) tokens of each row of S, the same P for all rows, and hides them.
+
+    Special tokens are never chosen, [UNK] included. With `whole_word` the pieces of a word (a piece and the ## pieces after it) are
+    chosen together: words in random order, those that no longer fit left out, and what remains of P unused.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, probability: float = 0.15, whole_word: bool = False) -> None:
+        if not 0 < probability < 1:
+            raise UserError(f"masking probability {probability} is not between 0 and 1; BERT's is 0.15")
+        self.probability, self.whole_word = probability, whole_word
+        self.mask_id = int(tokenizer.mask_token_id)
+        size = len(tokenizer)
+        self._special = np.zeros(size, bool)
+        self._special[[number for number in tokenizer.all_special_ids if number < size]] = True
+        self._ordinary = np.flatnonzero(~self._special)
+        if not len(self._ordinary):
+            raise UserError(f"the tokenizer's vocabulary of {size} holds special tokens only; give one with words")
+        self._continues = continuations(tokenizer)
+
+    def slots(self, sequence_length: int) -> int:
+        """P for rows of `sequence_length` tokens."""
+        return max(1, round(self.probability * (sequence_length - 2)))
+
+    def __call__(self, input_ids: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masked copy [B, S] of `input_ids` int64 [B, S]; positions int64 [B, P], ascending; targets int64 [B, P], the hidden ids.
+
+        `seeds` uint64 [B] decide everything. A slot without a token has target -100 and position S - 1. Raises a UserError for ids
+        that the tokenizer does not have.
+        """
+        if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < len(self._special):
+            wrong = int(input_ids.max() if input_ids.max() >= len(self._special) else input_ids.min())
+            raise UserError(
+                f"token id {wrong} is outside the tokenizer's vocabulary of {len(self._special)}; use the tokenizer that made the ids"
+            )
+        slots = self.slots(input_ids.shape[1])
+        eligible = ~self._special[input_ids]
+        keys = uniforms(seeds, _CHOICE, input_ids.shape[1])
+        chosen = (
+            self._choose_words(input_ids, eligible, keys, slots) if self.whole_word else _smallest(np.where(eligible, keys, 2.0), slots)
+        )
+        actions = uniforms(seeds, _ACTION, input_ids.shape[1])
+        picks = np.floor(uniforms(seeds, _REPLACEMENT, input_ids.shape[1]) * len(self._ordinary)).astype(np.int64)
+        masked = np.where(chosen & (actions < 0.8), self.mask_id, input_ids)
+        masked = np.where(chosen & (actions >= 0.9), self._ordinary[picks], masked)
+        positions, used = _positions(chosen, slots)
+        targets = np.where(used, np.take_along_axis(input_ids, positions, 1), IGNORED)
+        return masked, positions, targets
+
+    def _choose_words(self, input_ids: np.ndarray, eligible: np.ndarray, keys: np.ndarray, slots: int) -> np.ndarray:
+        rows = np.arange(len(input_ids))
+        after_special = np.concatenate([np.ones((len(rows), 1), bool), ~eligible[:, :-1]], 1)
+        heads = eligible & (~self._continues[input_ids] | after_special)
+        words = np.maximum(np.cumsum(heads, 1) - 1, 0)  # [B, S]: the word of each token, where it is eligible
+        lengths = np.zeros_like(words)
+        np.add.at(lengths, (rows[:, None], words), eligible)
+        # word w draws key w; words that do not exist have length 0 and change nothing
+        taken, count = np.zeros(words.shape, bool), np.zeros(len(rows), np.int64)
+        for word in np.argsort(np.where(lengths > 0, keys, 2.0), axis=1).T:
+            length = lengths[rows, word]
+            fits = (length > 0) & (count + length <= slots)
+            taken[rows, word] = fits
+            count += length * fits
+            if (count == slots).all():
+                break
+        return np.take_along_axis(taken, words, 1) & eligible
+
+
+class MaskedText:
+    """A Dataset of rows with hidden tokens: {"input_ids" int64 [B, S], "positions" int64 [B, P], "targets" int64 [B, P], -100 where a
+    slot is unused}, and "token_type_ids" and "pair_label" where the text has pairs. Without seeds nothing is hidden and all
+    slots are unused."""
+
+    def __init__(self, text: TextSet, masker: Masker) -> None:
+        self.text, self.masker = text, masker
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
+        """See `wtn_pretrain.data.stream.Dataset`."""
+        batch = self.text.fetch(indices, seeds)
+        rows = batch["input_ids"].numpy()
+        if seeds is None:
+            shape = (len(rows), self.masker.slots(rows.shape[1]))
+            positions, targets = np.full(shape, rows.shape[1] - 1), np.full(shape, IGNORED)
+        else:
+            rows, positions, targets = self.masker(rows, seeds)
+        batch |= {"input_ids": torch.from_numpy(rows), "positions": torch.from_numpy(positions), "targets": torch.from_numpy(targets)}
+        return batch
+
+
+def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    """Marks the `count` smallest keys below 1 of each row: bool, the shape of `keys`."""
+    count = min(count, keys.shape[1])
+    chosen = np.zeros(keys.shape, bool)
+    np.put_along_axis(chosen, np.argpartition(keys, count - 1, axis=1)[:, :count], True, 1)
+    return chosen & (keys < 1.0)
+
+
+def _positions(chosen: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row of `chosen` [B, S] is set, ascending [B, slots], and which of these slots are used."""
+    length = chosen.shape[1]
+    order = np.sort(np.where(chosen, np.arange(length), length), axis=1)[:, :slots]
+    order = np.pad(order, ((0, 0), (0, slots - order.shape[1])), constant_values=length)
+    return np.minimum(order, length - 1), order < length

@@ -1,0 +1,106 @@
+"""Token ids on disk: flat memory-mapped arrays with a key that says what they were made from."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from wtn_pretrain.data.tokenizer import encode
+from wtn_pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BLOCKS_AT_ONCE = 512
+
+
+def write_tokens(path: Path, texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Writes the ids of `texts`, one after the other without special tokens, as a 1-D .npy of uint16 (uint32 where the vocabulary
+    is larger) and returns how many they are. The file appears under its name when it is complete."""
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    count = 0
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as stream:
+
+        def header() -> None:
+            description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+            stream.seek(0)
+            np.lib.format.write_array_header_1_0(stream, description)  # leaves room for the length to grow
+
+        header()
+        start = stream.tell()
+        remaining = iter(texts)
+        while some := list(islice(remaining, _BLOCKS_AT_ONCE)):
+            for ids in encode(tokenizer, some):
+                np.asarray(ids, dtype).tofile(stream)
+                count += len(ids)
+        stream.flush()
+        header()
+        assert stream.tell() == start
+    os.replace(partial, path)
+    return count
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Saves into `folder`, which is replaced as a whole."""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    tokenizer.save_pretrained(str(partial))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def read_key(cache: Path) -> str | None:
+    """The key of the complete store in `cache`, or None."""
+    try:
+        key = json.loads((cache / "tokens.json").read_text())["key"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    complete = (cache / "tokenizer").is_dir() and all((cache / name).is_file() for name in ("train.npy", "valid.npy"))
+    return key if complete else None
+
+
+def build_once(cache: Path, key: str, build: Callable[[], dict[str, int]]) -> None:
+    """Makes sure that `cache` holds the store of `key`: rank 0 calls `build` where it does not, the others wait.
+
+    `build` returns what to note beside the key. A UserError of rank 0 is raised on every rank.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    problem: str | None = None
+    if not distributed or torch.distributed.get_rank() == 0:
+        try:
+            if read_key(cache) != key:
+                cache.mkdir(parents=True, exist_ok=True)
+                (cache / "tokens.json").unlink(missing_ok=True)  # comes last, so that a broken-off build does not count
+                note = {"key": key, **build()}
+                partial = cache / f"tokens.json.{os.getpid()}.partial"
+                partial.write_text(json.dumps(note, indent=1))
+                os.replace(partial, cache / "tokens.json")
+        except (UserError, OSError) as error:
+            problem = (
+                str(error) if isinstance(error, UserError) else f"{cache}: cannot be written ({error}); free space or choose another folder"
+            )
+    if distributed:
+        told = [problem]
+        torch.distributed.broadcast_object_list(told, src=0)
+        problem = told[0]
+    if problem is not None:
+        raise UserError(problem)
+    if read_key(cache) != key:
+        raise UserError(f"{cache}: does not hold the tokens that rank 0 wrote; the run's folder must be one that all nodes share")
+
+
+def open_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """The ids in `path`, memory-mapped, 1-D. Raises a UserError where the file is damaged or made with another vocabulary."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove its folder to have it made again") from None
+    if len(tokens) and int(tokens[:: max(1, len(tokens) // 100_000)].max()) >= vocab_size:
+        raise UserError(f"{path}: token ids beyond the vocabulary of {vocab_size}; remove its folder to have it made again")
+    return tokens

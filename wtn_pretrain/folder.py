@@ -1,0 +1,84 @@
+"""The run's folder: its configuration, one folder a stage, and what says that a stage is done."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wtn_pretrain.config import read_yaml
+from wtn_pretrain.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside `path` and switches, so that a reader sees the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free the place or choose another --run.folder") from None
+
+
+class RunFolder:
+    """`FOLDER/NAME` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def claim(self, config: str) -> None:
+        """Makes the folder this configuration's own, or refuses if it holds another run's."""
+        existing = self.path / "config.yaml"
+        if existing.exists():
+            old, new = read_yaml(existing), yaml.safe_load(config)
+            difference = next(_differences(old, new), None)
+            if difference:
+                raise UserError(
+                    f"{self.path}: holds a run with another configuration ({difference}); "
+                    "choose another --run.name or remove the folder"
+                )
+        else:
+            write_text(existing, config)
+
+    def stage(self, name: str, seed: int | None = None) -> Path:
+        """The folder of a stage; the first seed of a comparison has no folder of its own."""
+        return self.path / name if not seed else self.path / f"seed-{seed}" / name
+
+    @staticmethod
+    def result(stage: Path) -> dict[str, Any] | None:
+        """What a finished stage reported, or None if it has not finished."""
+        path = stage / "done.json"
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise UserError(f"{path}: damaged; remove it to run the stage again from its last checkpoint") from None
+
+    @staticmethod
+    def finish(stage: Path, result: dict[str, Any]) -> dict[str, Any]:
+        write_text(stage / "done.json", json.dumps(result, indent=2) + "\n")
+        return result
+
+    def once(self, stage: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a stage: read if it is finished, else made by `run`."""
+        return self.result(stage) or run()
+
+
+# how a run looks and saves may change from one start to the next; what it computes may not
+_FREE = ("log_every", "checkpoint_every")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if key not in _FREE:
+                yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield f"{path} was {json.dumps(old)} and is now {json.dumps(new)}"

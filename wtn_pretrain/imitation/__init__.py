@@ -1,0 +1,1 @@
+"""Stage 2: the thin network imitates the wide one, block by block."""

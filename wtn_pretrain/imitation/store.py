@@ -1,0 +1,71 @@
+"""Activations of a fixed sequence of batches on disk, mapped into memory: written once in order, read in any order."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.folder import write_text
+from wtn_pretrain.models.base import Carry
+
+
+class ActivationStore:
+    """Carries of `batches` batches at one boundary. The place is taken when the first one is written."""
+
+    def __init__(self, folder: Path, batches: int) -> None:
+        self.folder, self.batches = folder, batches
+        self._files: list[Tensor] = []
+        if (folder / "layout.json").exists():
+            self._open(json.loads((folder / "layout.json").read_text(encoding="utf-8")))
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / "complete").exists()
+
+    def write(self, index: int, carry: Carry) -> None:
+        """Stores the carry of batch `index`."""
+        tensors = (carry.hidden, *carry.context)
+        if not self._files:
+            self._reserve(tensors)
+        for file, tensor in zip(self._files, tensors, strict=True):
+            file[index].copy_(tensor)
+
+    def read(self, index: int) -> Carry:
+        """The carry of batch `index`, on the CPU; do not write into it."""
+        hidden, *context = (file[index] for file in self._files)
+        return Carry(hidden, tuple(context))
+
+    def finish(self) -> None:
+        """Marks every batch as written."""
+        write_text(self.folder / "complete", "")
+
+    def remove(self) -> None:
+        self._files = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _reserve(self, tensors: tuple[Tensor, ...]) -> None:
+        size = self.batches * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if size > 0.95 * free:
+            raise UserError(
+                f"{self.folder}: the activations of {self.batches} batches take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+                "set narrow.cache_batches lower, use narrow.schedule=hybrid, which stores none, or free the disk"
+            )
+        layout = [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in tensors]
+        self._open(layout)
+        write_text(self.folder / "layout.json", json.dumps(layout))
+
+    def _open(self, layout: list[dict[str, object]]) -> None:
+        self._files = []
+        for number, field in enumerate(layout):
+            shape = [self.batches, *field["shape"]]  # type: ignore[misc]
+            dtype = getattr(torch, str(field["dtype"]))
+            count = 1
+            for side in shape:
+                count *= int(side)
+            file = torch.from_file(str(self.folder / f"{number}.bin"), shared=True, size=count, dtype=dtype)
+            self._files.append(file.view(shape))

@@ -1,0 +1,152 @@
+"""A unit of imitation: student modules, the teacher modules they answer to, and the bridges at both ends.
+
+A unit needs nothing of another but the activations at its entry, which is what lets units run on different ranks.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wtn_pretrain.imitation.bridges import Bridge, apply_map
+from wtn_pretrain.imitation.config import ImitateSection
+from wtn_pretrain.imitation.losses import energy_mse, mobilebert
+from wtn_pretrain.imitation.pairing import Pairing
+from wtn_pretrain.models.base import BlockNetwork, Carry, Flops, Taps
+
+Flow = Carry | Mapping[str, Tensor]
+"""What enters a unit: a carry, or the inputs of the network at the stem."""
+
+
+class Unit(nn.Module):
+    """One student unit, its teacher and its bridges; unit 0 is the stem."""
+
+    def __init__(
+        self,
+        index: int,
+        student: list[nn.Module],
+        teacher: list[nn.Module],
+        entry: Bridge | None,
+        exit_: Bridge | None,
+        network: BlockNetwork,
+        section: ImitateSection,
+        flops: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.student = nn.ModuleList(student)
+        self.entry, self.exit = entry, exit_
+        # the teacher is no part of this module: it has no state to save and must never leave eval mode
+        self._teacher = tuple(module.eval().requires_grad_(False) for module in teacher)
+        self._axis = network.channel_axis
+        self._counted: Callable[[Carry], Tensor | None] = network.counted
+        self._section = section
+        self._taps = section.loss == "mobilebert" and section.mobilebert.attention > 0 and index > 0
+        self.student_flops, self.teacher_flops = flops
+        """FLOPs of a forward pass of one sample."""
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What this unit trains: its student modules, the map out of it and a free map into it."""
+        own = list(self.student.parameters())
+        if self.exit is not None:
+            own.append(self.exit.expand)
+        if self.entry is not None and self.entry.free_reduce is not None:
+            own.append(self.entry.free_reduce)
+        return own
+
+    def learn(self, learning: bool) -> None:
+        """Train mode without dropout (the target is a function of the input) while learning, else eval mode."""
+        self.student.train(learning).requires_grad_(learning)
+        for module in self.student.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+
+    @torch.no_grad()
+    def teach(self, flow: Flow) -> tuple[Carry, Taps]:
+        """The teacher's output for the teacher's input."""
+        return self._run(self._teacher, flow)
+
+    def answer(self, flow: Flow) -> tuple[Carry, Taps]:
+        """The student's output, before the bridge."""
+        return self._run(self.student, flow)
+
+    def enter(self, teacher: Flow, student: Flow, fed: str, local: bool) -> Flow:
+        """The student's input, from the teacher's activation through R or from the student's own below.
+
+        A constrained bridge is the identity between student blocks, so there the student's activation enters as it is.
+        """
+        flow = teacher if fed == "teacher" else student
+        if not isinstance(flow, Carry):
+            return flow
+        hidden = flow.hidden.detach() if local else flow.hidden
+        if self.entry is not None:
+            if fed == "teacher":
+                hidden = apply_map(self.entry.reduce() if self.entry.free else self.entry.reduce().detach(), hidden, self._axis)
+            elif self.entry.free:
+                expand = self.entry.expand.detach() if local else self.entry.expand
+                hidden = apply_map(self.entry.reduce(), apply_map(expand, hidden, self._axis), self._axis)
+        return Carry(hidden, flow.context)
+
+    def loss(self, student: Carry, student_taps: Taps, teacher: Carry, teacher_taps: Taps) -> Tensor:
+        """How far the student's output, through E, is from the teacher's."""
+        hidden = student.hidden if self.exit is None else apply_map(self.exit.expand, student.hidden, self._axis)
+        mask = self._counted(teacher)
+        if self._section.loss == "mobilebert" and self.index > 0:
+            return mobilebert(hidden, teacher.hidden, student_taps, teacher_taps, self._section.mobilebert, mask)
+        return energy_mse(hidden, teacher.hidden, mask)
+
+    @torch.no_grad()
+    def error(self, student: Carry, teacher: Carry) -> Tensor:
+        """Energy-normalised error, the figure that is reported whatever the training loss."""
+        hidden = student.hidden if self.exit is None else apply_map(self.exit.expand, student.hidden, self._axis)
+        return energy_mse(hidden, teacher.hidden, self._counted(teacher))
+
+    def _run(self, modules: Any, flow: Flow) -> tuple[Carry, Taps]:
+        taps: Taps = {}
+        for position, module in enumerate(modules):
+            flow = module(flow, taps) if self._taps and position == len(modules) - 1 else module(flow)
+        assert isinstance(flow, Carry)
+        return flow, taps
+
+
+def make_units(
+    thin: BlockNetwork,
+    wide: BlockNetwork,
+    pairing: Pairing,
+    bridges: Mapping[int, Bridge],
+    section: ImitateSection,
+    counts: tuple[Flops, Flops],
+) -> list[Unit]:
+    """The stem and every unit of `pairing`; `bridges` maps student boundaries to maps, `counts` are the FLOPs of thin and wide."""
+    small, large = counts
+    stem = Unit(0, [thin.stem], [wide.stem], None, bridges.get(0), thin, section, (small.stem, large.stem))
+    units = [stem]
+    for index in range(pairing.units):
+        mine = slice(pairing.student[index], pairing.student[index + 1])
+        theirs = slice(pairing.teacher[index], pairing.teacher[index + 1])
+        units.append(
+            Unit(
+                index + 1,
+                list(thin.blocks[mine]),
+                list(wide.blocks[theirs]),
+                bridges.get(mine.start),
+                bridges.get(mine.stop),
+                thin,
+                section,
+                (sum(small.blocks[mine]), sum(large.blocks[theirs])),
+            )
+        )
+    return units
+
+
+@torch.no_grad()
+def start_from_teacher(unit: Unit) -> None:
+    """Copies every tensor of the teacher that the student has under the same name and shape."""
+    if len(unit.student) != len(unit._teacher):
+        return
+    for student, teacher in zip(unit.student, unit._teacher, strict=True):
+        theirs = teacher.state_dict()
+        for name, mine in student.state_dict().items():
+            if name in theirs and theirs[name].shape == mine.shape:
+                mine.copy_(theirs[name])

@@ -1,0 +1,79 @@
+"""A network on disk: `model.json` (its shape) and `model.safetensors` (its weights, tied ones once)."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wtn_pretrain.config import validate
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork, families
+
+
+def save_network(folder: Path, config: BlockConfig, state: dict[str, Tensor]) -> None:
+    """Writes both files beside what is there and then switches them in, weights first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: dict[int, str] = {}
+    unique = {}
+    for name, value in _reference_order(config, state):
+        if seen.setdefault(id(value), name) == name:
+            unique[name] = value.detach().cpu().contiguous()
+    weights, shape = folder / "model.safetensors", folder / "model.json"
+    save_file(unique, weights.with_suffix(".tmp"))
+    os.replace(weights.with_suffix(".tmp"), weights)
+    shape.with_suffix(".tmp").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    os.replace(shape.with_suffix(".tmp"), shape)
+
+
+def load_shape(folder: Path) -> BlockConfig:
+    """The shape of the network in `folder`."""
+    path = folder / "model.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{folder}: holds no finished network (no model.json); run the stage that writes it first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: not valid JSON; the file is damaged, run the stage again") from None
+    family = tree.get("family") if isinstance(tree, dict) else None
+    if family not in families():
+        raise UserError(f"{path}: unknown model family {family!r}; there are {', '.join(families())}")
+    return validate(families()[family], tree)
+
+
+def load_network(folder: Path) -> BlockNetwork:
+    """The network in `folder`, on the CPU, in eval mode; every weight comes from the file or the load is refused."""
+    config = load_shape(folder)
+    path = folder / "model.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged, run the stage again") from None
+    network = config.build()
+    load_state(network, state, str(path))
+    return network.eval()
+
+
+def load_state(network: BlockNetwork, state: dict[str, Tensor], source: str) -> None:
+    """Copies `state` into `network`: every tensor given once (tied ones under any name), none left over, all shapes equal."""
+    own = network.state_dict(keep_vars=True)
+    given = {id(own[name]) for name in state if name in own}
+    missing = [name for name, value in own.items() if id(value) not in given]
+    extra = [name for name in state if name not in own]
+    wrong = [f"{name} {list(state[name].shape)} for {list(own[name].shape)}" for name in state if name in own and state[name].shape != own[name].shape]
+    if missing or extra or wrong:
+        raise UserError(f"{source}: weights do not fit the network: missing {missing[:4]}, unexpected {extra[:4]}, wrong shape {wrong[:4]}")
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def _reference_order(config: BlockConfig, state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """`state` with tied names pointing to one tensor again (gathering from ranks makes copies of them)."""
+    with torch.device("meta"):
+        reference = config.build().state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    return [(name, state[first.setdefault(id(reference[name]), name)]) for name in state]

@@ -1,0 +1,35 @@
+"""Batch norm over the whole micro-batch of all ranks, on any device (torch's own needs an accelerator)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` whose training statistics are those of every rank's samples together; gradients cross the ranks too.
+
+    Every rank must hold the same number of samples. Same parameters, buffers and state as `nn.BatchNorm2d`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, Y, X] to [B, C, Y, X]."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronise_batch_norm(network: nn.Module) -> None:
+    """Turns every `nn.BatchNorm2d` of `network` into a `SyncBatchNorm2d`, in place; parameters stay the same objects."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d

@@ -1,0 +1,1 @@
+"""What is learned: inputs, forward, loss and metric."""

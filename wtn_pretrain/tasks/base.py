@@ -1,0 +1,90 @@
+"""A task owns its inputs, forward, loss and metric; stages 1 and 3 differ only in task and network."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wtn_pretrain.data.stream import Dataset
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork
+
+
+class Metric(NamedTuple):
+    """The figure by which networks are compared."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+
+
+class Task(ABC):
+    """What is learned, on which data, and how well."""
+
+    train: Dataset
+    valid: Dataset
+    metric: Metric
+    workers: int
+
+    @abstractmethod
+    def complete(self, config: BlockConfig) -> BlockConfig:
+        """`config` with what the data decides (vocabulary, classes, image size) filled in, or a refusal where they disagree."""
+
+    @abstractmethod
+    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean loss of a micro-batch under `loss`, with its named components."""
+
+    @abstractmethod
+    def tally(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over a batch: `loss`, `right` and `count`, which add up over batches and ranks."""
+
+    @abstractmethod
+    def positions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the head is told beside the carry."""
+
+    @abstractmethod
+    def forward_flops(self, config: BlockConfig) -> int:
+        """FLOPs of a forward pass of one training sample through a network of this shape."""
+
+    def score(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Validation figures from tallied sums: `loss` per item and `metric`."""
+        count = max(sums["count"], 1.0)
+        return {"loss": sums["loss"] / count, "metric": 100.0 * sums["right"] / count}
+
+
+class TaskModule(nn.Module):
+    """A network with its task's loss as forward, so that DeepSpeed sees one module whose output is the loss."""
+
+    def __init__(self, network: BlockNetwork, task: Task) -> None:
+        super().__init__()
+        self.network = network
+        self.task = task
+
+    def forward(self, batch: Mapping[str, Tensor], measure: bool = False) -> dict[str, Tensor]:
+        return self.task.tally(self.network, batch) if measure else self.task.loss(self.network, batch)
+
+
+def classified(logits: Tensor, targets: Tensor, ignore: int = -100) -> dict[str, Tensor]:
+    """Sums of cross-entropy, right answers and items of logits [..., classes] and targets [...]."""
+    flat, targets = logits.flatten(0, -2).float(), targets.flatten()
+    kept = targets != ignore
+    return {
+        "loss": nn.functional.cross_entropy(flat, targets, ignore_index=ignore, reduction="sum"),
+        "right": ((flat.argmax(-1) == targets) & kept).sum().float(),
+        "count": kept.sum().float(),
+    }
+
+
+@torch.no_grad()
+def evaluate(network: BlockNetwork, task: Task, batch_size: int = 256) -> dict[str, float]:
+    """Validation figures of a network on one process."""
+    from wtn_pretrain.data.stream import batches
+    from wtn_pretrain.device import to_device
+
+    network.eval()
+    sums: dict[str, float] = {"loss": 0.0, "right": 0.0, "count": 0.0}
+    for batch in batches(task.valid, batch_size):
+        for name, value in task.tally(network, to_device(batch)).items():
+            sums[name] += float(value)
+    return task.score(sums)

@@ -1,0 +1,82 @@
+"""Masked language modelling, with next-sentence or sentence-order prediction where the network has the head for it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from wtn_pretrain.config import Section
+from wtn_pretrain.data.masking import MaskedText, Masker
+from wtn_pretrain.data.text import TextData, open_text
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork, flops
+from wtn_pretrain.models.bert.config import BertConfig
+from wtn_pretrain.tasks.base import Metric, Task, classified
+
+
+class MlmSection(Section):
+    """Masked language modelling (Devlin et al. 2019)."""
+
+    kind: Literal["mlm"] = "mlm"
+    """Task."""
+    mask_probability: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens to predict; of them 80% are masked, 10% replaced, 10% kept."""
+    whole_word: bool = False
+    """Choose whole words instead of word pieces."""
+
+
+class MlmTask(Task):
+    """Predict masked tokens; the loss is the mean over them, plus the pair head's if there is one."""
+
+    metric = Metric("masked accuracy", "%", True)
+
+    def __init__(self, section: MlmSection, data: TextData, config: BertConfig, cache: Path) -> None:
+        splits = open_text(data, cache)
+        self.tokenizer: PreTrainedTokenizerBase = splits.tokenizer
+        masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word)
+        train, valid = splits.train, splits.valid
+        if config.pair_head != "none":
+            train, valid = train.with_pairs(config.pair_head), valid.with_pairs(config.pair_head)
+        self.train, self.valid = MaskedText(train, masker), MaskedText(valid, masker)
+        self.length = data.sequence_length
+        self.predictions = max(1, round(section.mask_probability * (data.sequence_length - 2)))
+        self.workers = data.workers
+
+    def complete(self, config: BlockConfig) -> BlockConfig:
+        assert isinstance(config, BertConfig)
+        words = len(self.tokenizer)
+        if config.vocab_size and config.vocab_size < words:
+            raise UserError(
+                f"model.vocab_size: the embedding has {config.vocab_size} rows and the tokenizer {words} tokens; "
+                f"set model.vocab_size to {words} or more, or 0 to take the tokenizer's"
+            )
+        if self.length > config.max_positions:
+            raise UserError(
+                f"data.sequence_length: {self.length} is longer than model.max_positions {config.max_positions}; raise that or shorten this"
+            )
+        return config.model_copy(update={"vocab_size": config.vocab_size or words})
+
+    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        carry = network.features(batch)
+        logits = network.head(carry, batch["positions"])
+        masked = F.cross_entropy(logits.flatten(0, 1).float(), batch["targets"].flatten())
+        if "pair_label" not in batch:
+            return {"loss": masked}
+        pair = F.cross_entropy(network.head.pair_logits(carry).float(), batch["pair_label"])
+        return {"loss": masked + pair, "masked": masked, "pair": pair}
+
+    def tally(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return classified(network(batch, positions=batch["positions"]), batch["targets"])
+
+    def positions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"positions": batch["positions"]}
+
+    def forward_flops(self, config: BlockConfig) -> int:
+        import torch
+
+        positions = torch.zeros(1, self.predictions, dtype=torch.long, device="meta")
+        return flops(config.model_copy(update={"max_positions": self.length}), positions=positions).total
