@@ -47,8 +47,8 @@ class RunFolder:
             write_text(existing, config)
 
     def stage(self, name: str, seed: int | None = None) -> Path:
-        """The folder of a stage; the first seed of a comparison has no folder of its own."""
-        return self.path / name if not seed else self.path / f"seed-{seed}" / name
+        """The folder of a stage."""
+        return self.path / name if seed is None else self.path / f"seed-{seed}" / name
 
     @staticmethod
     def result(stage: Path) -> dict[str, Any] | None:

@@ -57,6 +57,10 @@ class Stages:
         self.wide_shape = self.task.complete(recipe.wide_model())
         self.pairing = pair(self.thin, self.wide_shape, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
 
+    def seed_folder(self, stage: str, seed: int | None) -> Path:
+        """The folder of a stage: the first seed's stands in the run's own, further ones below `seed-N`."""
+        return self.folder.stage(stage, None if seed == self.recipe.compare.seeds[0] else seed)
+
     def wide(self) -> dict[str, Any]:
         """Stage 1: the wide network, trained to convergence."""
         return self._train("wide", None, self.wide_shape, self.recipe.wide, self.recipe.run.seed)
@@ -67,18 +71,18 @@ class Stages:
 
     def finetune(self, seed: int) -> dict[str, Any]:
         """Stage 3: the thin network that stage 2 warmed up, on the real objective."""
-        start = self.folder.stage("narrow", seed)
+        start = self.seed_folder("narrow", seed)
         return self._train("finetune", seed, self.thin, self.recipe.finetune, seed, start=lambda: load_network(start))
 
     def narrow(self, seed: int) -> dict[str, Any]:
         """Stage 2: the thin network imitates the wide one, block by block; bridges are merged away at the end."""
-        folder = self.folder.stage("narrow", seed)
+        folder = self.seed_folder("narrow", seed)
         return self.folder.once(folder, lambda: self._narrow(folder, seed))
 
     def _train(
         self, name: str, seed: int | None, shape: BlockConfig, section: TrainSection, init: int, start: Callable[[], BlockNetwork] | None = None
     ) -> dict[str, Any]:
-        folder = self.folder.stage(name, seed)
+        folder = self.seed_folder(name, seed)
         finished = self.folder.result(folder)
         if finished:
             return finished

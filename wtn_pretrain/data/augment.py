@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from wtn_pretrain.data.hashing import uniforms
 
@@ -32,19 +32,15 @@ def shift_and_flip(pixels: np.ndarray, seeds: np.ndarray, augment: Augment) -> n
         return pixels
     count, channels, height, width = pixels.shape
     pad = augment.shift
-    offsets = np.floor(uniforms(seeds, _SHIFT, 2) * (2 * pad + 1)).astype(np.int64)
-    columns = np.broadcast_to(np.arange(width), (count, width))
+    down, across = np.floor(uniforms(seeds, _SHIFT, 2) * (2 * pad + 1)).astype(np.int64).T
+    padded = np.zeros((count, channels, height + 2 * pad, width + 2 * pad), np.uint8)
+    padded[:, :, pad : pad + height, pad : pad + width] = pixels
     if augment.flip:
-        mirrored = uniforms(seeds, _FLIP, 1) < 0.5
-        columns = np.where(mirrored, width - 1 - columns, columns)
-    rows = np.arange(height) + offsets[:, :1]
-    columns = columns + offsets[:, 1:]
-    padded = torch.zeros(count, channels, height + 2 * pad, width + 2 * pad, dtype=torch.uint8)
-    padded[:, :, pad : pad + height, pad : pad + width] = torch.from_numpy(pixels)
-    places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
-    # one gather along the flattened pixels: four times faster than numpy's fancy indexing
-    source = torch.from_numpy(places.reshape(count, 1, -1)).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, source).reshape(pixels.shape).numpy()
+        mirrored = uniforms(seeds, _FLIP, 1)[:, 0] < 0.5
+        padded[mirrored] = padded[mirrored, :, :, ::-1]
+    # one copy of windows; torch's gather is no faster and stalls where its threads share cores with others
+    windows = sliding_window_view(padded, (height, width), axis=(2, 3))
+    return windows[np.arange(count), :, down, across]
 
 
 def centre_box(width: int, height: int, fraction: float) -> tuple[float, float, float, float]:

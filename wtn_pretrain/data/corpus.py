@@ -141,7 +141,7 @@ def blocks(corpus: Corpus, limit: int | None = None) -> Iterator[str]:
     size = total = 0
     for paragraph in corpus.paragraphs():
         if paragraph is not None:
-            total += len(paragraph.encode())
+            total += len(paragraph.encode()) + 1
             if limit is not None and total > limit:
                 break
             held.append(paragraph)

@@ -34,18 +34,21 @@ class ArrayPixels:
 
     def read(self, indices: np.ndarray, seeds: np.ndarray | None, augment: Augment | None) -> np.ndarray:
         """uint8 [B, channels, size, size]."""
-        chosen = self.pixels[indices]
-        if self.channels < chosen.shape[1]:
-            # ITU-R 601 luma, as Pillow converts to grey
-            chosen = np.rint(np.tensordot(chosen, [0.299, 0.587, 0.114], axes=(1, 0)))[:, None].astype(np.uint8)
-        elif self.channels > chosen.shape[1]:
-            chosen = np.repeat(chosen, self.channels, axis=1)
-        if chosen.shape[-1] == self.size:
+        chosen = with_channels(self.pixels[indices], self.channels)
+        if chosen.shape[2:] == (self.size, self.size):
             return chosen
         scaled = torch.nn.functional.interpolate(
             torch.from_numpy(chosen).float(), size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False
         )
         return scaled.round_().clamp_(0, 255).to(torch.uint8).numpy()
+
+
+def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """`pixels` uint8 [B, 1 or 3, H, W] as grey (1) or RGB (3)."""
+    if channels < pixels.shape[1]:
+        # ITU-R 601 luma, as Pillow converts to grey
+        return np.rint(np.tensordot(pixels, [0.299, 0.587, 0.114], axes=(1, 0)))[:, None].astype(np.uint8)
+    return np.repeat(pixels, channels, axis=1) if channels > pixels.shape[1] else pixels
 
 
 def read_digits() -> Arrays:

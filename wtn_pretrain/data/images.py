@@ -12,7 +12,7 @@ from wtn_pretrain.config import Section
 from wtn_pretrain.data import image_files
 from wtn_pretrain.data.augment import Augment, shift_and_flip
 from wtn_pretrain.data.hashing import permutation
-from wtn_pretrain.data.image_arrays import CIFAR_CLASSES, ArrayPixels, Arrays, read_cifar, read_digits, read_idx
+from wtn_pretrain.data.image_arrays import CIFAR_CLASSES, ArrayPixels, Arrays, read_cifar, read_digits, read_idx, with_channels
 from wtn_pretrain.data.image_files import DecodedPixels, Encoded, Subset, TableImages
 from wtn_pretrain.data.tables import check_column, open_tables, training_table, validation_table
 from wtn_pretrain.errors import UserError
@@ -96,11 +96,12 @@ class ImageSet:
         pixels = self.pixels.read(indices, seeds, self.augment)
         if self.augment is not None and seeds is not None:
             pixels = shift_and_flip(pixels, seeds, self.augment)
-        # one multiply and one add a pixel: x / 255 / std - mean / std
-        std = torch.tensor(self.std).view(-1, 1, 1)
-        offset = torch.tensor(self.mean).view(-1, 1, 1) / std
-        normalised = torch.from_numpy(pixels).float().mul_(1 / (255 * std)).sub_(offset)
-        return {"pixels": normalised, "labels": torch.from_numpy(self.labels[indices])}
+        # one multiply and one add a pixel: x / (255 std) - mean / std
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        normalised = pixels.astype(np.float32, order="C")
+        normalised *= 1 / (255 * std)
+        normalised -= mean / std
+        return {"pixels": torch.from_numpy(normalised), "labels": torch.from_numpy(self.labels[indices])}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classe
         valid = Arrays(train.pixels[rest], train.labels[rest], train.origin)
         train = Arrays(train.pixels[kept], train.labels[kept], train.origin)
     # of the whole training split: a network stays usable whatever data.limit another run has
-    mean, std = _statistics(ArrayPixels(train.pixels, channels, native[2]), len(train.pixels))
+    mean, std = _statistics(train.pixels, channels)
     chosen = _limited(len(train.labels), config)
     training = ArrayPixels(train.pixels if config.limit is None else train.pixels[chosen], channels, size)
     return ImageSplits(
@@ -251,12 +252,12 @@ def _augment(config: ImageData, size: int) -> Augment | None:
     return Augment(config.shift, config.flip, config.random_resized_crop) or None
 
 
-def _statistics(source: ArrayPixels, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixel values in [0, 1], per channel."""
-    histogram = np.zeros((source.channels, 256), np.int64)
-    for first in range(0, count, 4096):
-        block = source.read(np.arange(first, min(first + 4096, count)), None, None)
-        for channel in range(source.channels):
+def _statistics(pixels: np.ndarray, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixel values in [0, 1], per channel, of uint8 [N, C, H, W] as `channels` channels."""
+    histogram = np.zeros((channels, 256), np.int64)
+    for first in range(0, len(pixels), 4096):
+        block = with_channels(pixels[first : first + 4096], channels)
+        for channel in range(channels):
             histogram[channel] += np.bincount(block[:, channel].ravel(), minlength=256)
     values = np.arange(256) / 255
     mean = (histogram * values).sum(1) / histogram.sum(1)

@@ -85,7 +85,14 @@ class BatchStream:
             for step in range(start, stop):
                 yield [self.micro_batch(step, k) for k in range(self.accumulation)]
             return
-        steps = DataLoader(_Steps(self), batch_size=None, sampler=range(start, stop), num_workers=self.workers, collate_fn=_as_is)
+        steps = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self.workers,
+            collate_fn=_as_is,
+            generator=torch.Generator(),  # else it draws from the global one, and dropout would depend on `workers`
+        )
         for fetched in steps:
             if isinstance(fetched, UserError):
                 raise fetched

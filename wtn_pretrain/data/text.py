@@ -178,7 +178,9 @@ def _open_corpora(config: TextData) -> tuple[Corpus, Corpus | None]:
 def _key(config: TextData, train: Corpus, valid: Corpus | None, given: "PreTrainedTokenizerBase | None") -> str:
     facts: dict[str, object] = {"format": _FORMAT, "train": train.fingerprint(), "limit_mb": config.limit_mb}
     facts["valid"] = config.valid_fraction if valid is None else valid.fingerprint()
-    facts["tokenizer"] = [config.vocab_size, config.lowercase] if given is None else given.backend_tokenizer.to_str()
+    facts["tokenizer"] = (
+        [config.vocab_size, config.lowercase] if given is None else [given.backend_tokenizer.to_str(), str(given.special_tokens_map)]
+    )
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

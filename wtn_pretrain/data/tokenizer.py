@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,8 +44,11 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "
     def trained(source: Iterator[str], size: int, reserved: list[str], alphabet: list[str]) -> dict[str, int]:
         model = Tokenizer(models.WordPiece({}, unk_token="[UNK]"))
         model.normalizer, model.pre_tokenizer = template.normalizer, template.pre_tokenizer
-        limit = {"limit_alphabet": len(alphabet)} if alphabet else {}
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=reserved, initial_alphabet=alphabet, show_progress=False, **limit)
+        # the trainer takes no None for "no limit"
+        settings: dict[str, Any] = {"limit_alphabet": len(alphabet)} if alphabet else {}
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=reserved, initial_alphabet=alphabet, show_progress=False, **settings
+        )
         model.train_from_iterator(source, trainer)
         return model.get_vocab()
 
@@ -76,9 +79,12 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         if path.is_dir() and (path / "tokenizer_config.json").exists():
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         elif vocab.is_file():
-            words = [word for word in vocab.read_text(encoding="utf-8").splitlines() if not word.startswith("[")]
-            # `vocab_file=` is accepted and ignored by transformers 5
-            tokenizer = BertTokenizer(vocab=str(vocab), do_lower_case=not any(word != word.lower() for word in words))
+            words = vocab.read_text(encoding="utf-8").splitlines()
+            missing = [token for token in SPECIAL_TOKENS if token not in words]
+            if missing:  # the library would append them, beyond the rows of the embedding that goes with the vocabulary
+                raise UserError(f"tokenizer {vocab}: its vocabulary of {len(words)} lacks {', '.join(missing)}; give a BERT vocabulary")
+            cased = any(word != word.lower() for word in words if not word.startswith("["))
+            tokenizer = BertTokenizer(vocab=str(vocab), do_lower_case=not cased)  # `vocab_file=` is accepted and ignored
         else:
             raise UserError(
                 f"tokenizer {path}: neither tokenizer_config.json nor vocab.txt in it; give a folder that save_pretrained wrote"

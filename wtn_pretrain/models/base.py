@@ -55,6 +55,9 @@ class BlockConfig(Section, ABC):
     def example_inputs(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
         """Inputs of the right shape and dtype (zeros), for counting and shape checks."""
 
+    dynamic_axes: ClassVar[dict[str, dict[int, str]]]
+    """For every input of an exported network, the axes whose size is free, by name."""
+
 
 class BlockNetwork(nn.Module, ABC):
     """Stem, blocks and head; `stages` says how many consecutive blocks form each natural group."""

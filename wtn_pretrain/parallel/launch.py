@@ -16,6 +16,9 @@ class Place(NamedTuple):
 
 def start_ranks() -> Place:
     """Initialises DeepSpeed's communication once and returns this rank's place."""
+    if not torch.accelerator.is_available():
+        # said before DeepSpeed looks for itself, which it does at length on standard output
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.comm as dist
     from deepspeed.utils import logger

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,14 @@ class Task(ABC):
     @abstractmethod
     def forward_flops(self, config: BlockConfig) -> int:
         """FLOPs of a forward pass of one training sample through a network of this shape."""
+
+    @abstractmethod
+    def probes(self) -> list[dict[str, Tensor]]:
+        """Real validation inputs of several shapes, as an exported network takes them, to compare exports on."""
+
+    @abstractmethod
+    def save_preprocessing(self, folder: Path) -> None:
+        """Writes what turns raw data into inputs, in Hugging Face's form (tokenizer or image processor)."""
 
     def score(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Validation figures from tallied sums: `loss` per item and `metric`."""

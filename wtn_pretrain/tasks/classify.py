@@ -1,6 +1,7 @@
 """Image classification."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from wtn_pretrain.config import Section
 from wtn_pretrain.data.images import ImageData, open_images
+from wtn_pretrain.data.stream import batches
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, flops
 from wtn_pretrain.models.resnet.config import ResNetConfig
@@ -31,7 +33,7 @@ class ClassifyTask(Task):
 
     def __init__(self, section: ClassifySection, data: ImageData) -> None:
         splits = open_images(data)
-        self.splits = splits
+        self.splits, self.data = splits, data
         self.train, self.valid = splits.train, splits.valid
         self.smoothing = section.label_smoothing
         self.workers = data.workers
@@ -52,6 +54,22 @@ class ClassifyTask(Task):
 
     def positions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
+
+    def probes(self) -> list[dict[str, Tensor]]:
+        pixels = next(batches(self.valid, 8))["pixels"]
+        return [{"pixels": pixels[:count]} for count in (1, 3, len(pixels))]
+
+    def save_preprocessing(self, folder: Path) -> None:
+        from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+        size = self.splits.size
+        BitImageProcessorPil(
+            size={"shortest_edge": round(size / self.data.crop_fraction)},
+            crop_size={"height": size, "width": size},
+            image_mean=list(self.splits.mean),
+            image_std=list(self.splits.std),
+            do_convert_rgb=self.splits.channels == 3,
+        ).save_pretrained(folder)
 
     def forward_flops(self, config: BlockConfig) -> int:
         return flops(config).total

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wtn_pretrain.config import Section
 from wtn_pretrain.data.masking import MaskedText, Masker
+from wtn_pretrain.data.stream import batches
 from wtn_pretrain.data.text import TextData, open_text
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, flops
@@ -75,8 +77,20 @@ class MlmTask(Task):
     def positions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"positions": batch["positions"]}
 
-    def forward_flops(self, config: BlockConfig) -> int:
-        import torch
+    def probes(self) -> list[dict[str, Tensor]]:
+        ids = torch.cat([batch["input_ids"] for batch in [next(batches(self.valid, 8))]])
+        mask = torch.ones_like(ids)
+        probes = []
+        for count, length in ((1, 7), (3, self.length), (len(ids), max(7, self.length // 2))):
+            part, kept = ids[:count, :length].clone(), mask[:count, :length].clone()
+            kept[-1, length * 2 // 3 :] = 0
+            part[kept == 0] = self.tokenizer.pad_token_id
+            probes.append({"input_ids": part, "attention_mask": kept, "token_type_ids": torch.zeros_like(part)})
+        return probes
 
+    def save_preprocessing(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+    def forward_flops(self, config: BlockConfig) -> int:
         positions = torch.zeros(1, self.predictions, dtype=torch.long, device="meta")
         return flops(config.model_copy(update={"max_positions": self.length}), positions=positions).total

@@ -1,14 +1,15 @@
 """The training loop of stages 1 and 3."""
 
+import itertools
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed.comm as dist
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from wtn_pretrain.data.stream import BatchStream, batches
@@ -107,23 +108,24 @@ def _evaluate(engine: Any, task: Task, place: Place, batch_size: int = 256) -> d
     """Validation over all ranks: each takes every n-th batch, and all take equally many (ZeRO-3 gathers together)."""
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
-    waiting = list(range(math.ceil(len(task.valid) / batch_size)))
-    rounds = math.ceil(len(waiting) / place.world_size)
-    mine = iter(batches(task.valid, batch_size))
     with torch.no_grad():
-        for turn in range(rounds):
-            group = [batch for _, batch in zip(range(place.world_size), mine, strict=False)]
-            owned = place.rank < len(group)
-            tally = engine(to_device(group[place.rank] if owned else group[0]), measure=True)
+        for turn in _turns(batches(task.valid, batch_size), place.world_size):
+            owned = place.rank < len(turn)
+            tally = engine(to_device(turn[place.rank] if owned else turn[0]), measure=True)
             if owned:
                 sums += torch.stack([tally[name].double().cpu() for name in ("loss", "right", "count")])
-            del turn
     engine.train()
     if place.world_size > 1:
         shared = sums.to(device())
         dist.all_reduce(shared)
         sums = shared.cpu()
     return task.score(dict(zip(("loss", "right", "count"), sums.tolist(), strict=True)))
+
+
+def _turns(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while turn := list(itertools.islice(items, size)):
+        yield turn
 
 
 def _save(engine: Any, checkpoints: Path, step: int, seconds: float, place: Place) -> None:

@@ -14,6 +14,7 @@ from wtn_pretrain.data.hashing import hash_keys
 from wtn_pretrain.data.image_arrays import ArrayPixels
 from wtn_pretrain.data.images import ImageData, ImageSet, open_images
 from wtn_pretrain.data.stream import BatchStream, batches
+from wtn_pretrain.errors import UserError
 
 WriteIdx = Callable[[Path, np.ndarray], Path]
 RANDOM = np.random.default_rng(0)
@@ -64,7 +65,9 @@ def test_digits_are_normalised_and_split_without_overlap() -> None:
     restored = everything(splits.valid)["pixels"] * splits.std[0] + splits.mean[0]
     from sklearn.datasets import load_digits
 
-    assert {tuple(image) for image in (restored.flatten(1) * 16).round().int().tolist()} <= {tuple(row) for row in load_digits().data.astype(int)}
+    assert {tuple(image) for image in (restored.flatten(1) * 16).round().int().tolist()} <= {
+        tuple(row) for row in load_digits().data.astype(int)
+    }
 
 
 def test_limit_takes_a_fixed_part_and_keeps_the_normalisation() -> None:
@@ -110,6 +113,15 @@ def test_channels_and_size_can_be_changed(tmp_path: Path, write_idx: WriteIdx) -
     assert np.abs(grey[:, 0].astype(int) - np.array(expected)).max() <= 1
 
 
+def test_oblong_images_are_made_square(tmp_path: Path, write_idx: WriteIdx) -> None:
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.repeat(RANDOM.integers(0, 256, (9, 6, 1), np.uint8), 4, axis=2))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(9))
+    for size in (4, 6):
+        assert everything(open_images(ImageData(source="idx", path=str(tmp_path), size=size)).train)["pixels"].shape[2:] == (size, size)
+    with pytest.raises(UserError, match=r"images of 6 x 4 pixels are not square; set data\.size"):
+        open_images(ImageData(source="idx", path=str(tmp_path)))
+
+
 def test_folder_decodes_in_order_with_imagenet_constants(tmp_path: Path) -> None:
     make_folder(tmp_path, {"train": 4, "valid": 2})
     splits = open_images(ImageData(source="folder", path=str(tmp_path)))
@@ -130,12 +142,13 @@ def test_folder_without_validation_is_split(tmp_path: Path) -> None:
 
 
 def test_grey_and_16_bit_files(tmp_path: Path) -> None:
-    for index, pixels in enumerate((np.full((4, 4), 200, np.uint8), np.full((4, 4), 200 * 257, np.uint16))):
+    images: list[np.ndarray] = [np.full((4, 4), 200, np.uint8), np.full((4, 4), 200 * 257, np.uint16)]
+    for index, pixels in enumerate(images):
         (tmp_path / "train" / str(index)).mkdir(parents=True)
         (tmp_path / "train" / str(index) / "a.png").write_bytes(png(pixels))
     splits = open_images(ImageData(source="folder", path=str(tmp_path), valid_fraction=0.5))
-    pixels = torch.cat([everything(part)["pixels"] for part in (splits.train, splits.valid)])
-    assert splits.channels == 1 and np.allclose((pixels * splits.std[0] + splits.mean[0]) * 255, 200, atol=1e-3)
+    both = torch.cat([everything(part)["pixels"] for part in (splits.train, splits.valid)])
+    assert splits.channels == 1 and np.allclose((both * splits.std[0] + splits.mean[0]) * 255, 200, atol=1e-3)
 
 
 @pytest.mark.parametrize("struct", [True, False])
@@ -176,7 +189,10 @@ def test_shift_and_flip_match_a_loop() -> None:
     for before, after in zip(pixels, moved, strict=True):
         padded = np.pad(before, ((0, 0), (2, 2), (2, 2)))
         views = {
-            (dy, dx, flipped): padded[:, dy : dy + 6, dx : dx + 7][..., :: -1 if flipped else 1] for dy in range(5) for dx in range(5) for flipped in (0, 1)
+            (dy, dx, flipped): padded[:, dy : dy + 6, dx : dx + 7][..., :: -1 if flipped else 1]
+            for dy in range(5)
+            for dx in range(5)
+            for flipped in (0, 1)
         }
         seen.add(next(key for key, view in views.items() if (view == after).all()))
     assert len(seen) > 40  # of 50 views
@@ -188,7 +204,7 @@ def test_augmentation_follows_the_seed_and_not_the_batch() -> None:
     together = splits.train.fetch(indices, seeds)["pixels"]
     alone = torch.cat([splits.train.fetch(indices[i : i + 1], seeds[i : i + 1])["pixels"] for i in range(50)])
     assert torch.equal(together, alone)
-    assert not torch.equal(together, splits.train.fetch(indices, None)["pixels"])
+    assert together.is_contiguous() and not torch.equal(together, splits.train.fetch(indices, None)["pixels"])
     assert splits.valid.augment is None
     assert torch.equal(splits.valid.fetch(indices, seeds)["pixels"], splits.valid.fetch(indices, None)["pixels"])
 

@@ -80,11 +80,13 @@ def test_workers_change_nothing() -> None:
     plain = BatchStream(dataset, 64, seed=1, micro_batch_size=16, rank=1, world_size=2)
     worked = BatchStream(dataset, 64, seed=1, micro_batch_size=16, rank=1, world_size=2, workers=2)
     steps = 0
+    state = torch.get_rng_state()
     for one, other in zip(plain.iterate(20, 27), worked.iterate(20, 27), strict=True):
         assert len(one) == len(other) == plain.accumulation == 2
         assert all(torch.equal(a[key], b[key]) for a, b in zip(one, other, strict=True) for key in a)
         steps += 1
     assert steps == 7
+    assert torch.equal(torch.get_rng_state(), state)  # dropout must not depend on the workers
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,6 @@
 """The shape of a BERT encoder."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -44,6 +44,10 @@ class BertConfig(BlockConfig):
     """Standard deviation of the initial weights (normal, cut at two)."""
     pair_head: Literal["none", "nsp", "sop"] = "none"
     """Second head on [CLS]: next-sentence (nsp) or sentence-order (sop) prediction."""
+
+    dynamic_axes: ClassVar[dict[str, dict[int, str]]] = {
+        name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
 
     @model_validator(mode="before")
     @classmethod

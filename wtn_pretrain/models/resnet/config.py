@@ -1,6 +1,6 @@
 """The shape of a ResNet."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -36,6 +36,8 @@ class ResNetConfig(BlockConfig):
     """Classes to tell apart; 0 takes them from the data."""
     zero_init_residual: bool = False
     """Start the last batch norm of every block at zero, so that the block starts as the identity (Goyal et al. 2017)."""
+
+    dynamic_axes: ClassVar[dict[str, dict[int, str]]] = {"pixels": {0: "batch"}}
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,79 @@
+"""The command line that all entry scripts share: `--config FILE`, `--section.key=value`, one line for a mistake."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from wtn_pretrain.config import describe
+from wtn_pretrain.errors import UserError
+
+USAGE_ERROR = 2
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The configuration's path and the `section.key=value` assignments; both `--key value` and `--key=value` are taken."""
+    config: str | None = None
+    assignments: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(f"argument {argument!r}: expected --config FILE or --section.key=value")
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise UserError(f"argument --{name}: has no value")
+            value = waiting.pop(0)
+        if name == "config":
+            config = value
+        elif name in ("local_rank", "local-rank"):
+            continue  # launchers pass it; the environment says the same
+        elif "." in name:
+            assignments.append(f"{name}={value}")
+        else:
+            raise UserError(f"argument --{name}: unknown; there are --config, --help and --section.key=value for every key")
+    return config, assignments
+
+
+def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] | None = None) -> NoReturn:  # noqa: F821
+    """Reads the recipe, starts the ranks, does `work` and exits: 0, or 2 with one line on standard error for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    rank = int(os.environ.get("RANK", "0"))
+    code = 0
+    try:
+        if any(argument in ("-h", "--help") for argument in argv):
+            print(_help(purpose))
+            sys.exit(0)
+        config, assignments = split_arguments(argv)
+        if config is None:
+            raise UserError("argument --config: missing; give a recipe such as configs/quickstart/resnet.yaml, or --help for every key")
+        from wtn_pretrain.recipe import load_recipe
+
+        recipe = load_recipe(config, assignments)
+        from wtn_pretrain.parallel.launch import start_ranks
+        from wtn_pretrain.stages import Stages
+
+        work(Stages(recipe, start_ranks()))
+    except UserError as error:
+        # every rank meets the same mistake; one of them says it
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        code = 130
+    from wtn_pretrain.parallel.launch import stop_ranks
+
+    stop_ranks()
+    sys.exit(code)
+
+
+def _help(purpose: str) -> str:
+    from wtn_pretrain.models.base import preset_names
+    from wtn_pretrain.recipe import Recipe
+
+    return (
+        f"{purpose.strip()}\n\nusage: SCRIPT --config FILE [--section.key=value ...]\n\n"
+        f"model.preset may name a shape, and keys beside it override: {', '.join(preset_names())}\n\nkeys [default]:\n{describe(Recipe)}"
+    )

@@ -1,0 +1,104 @@
+"""The whole method: all stages for all seeds, export, and the comparison with training from scratch."""
+
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wtn_pretrain.device import hardware
+from wtn_pretrain.export.write import export
+from wtn_pretrain.models.base import BlockConfig, parameter_count
+from wtn_pretrain.models.store import load_network
+from wtn_pretrain.report.html import write_report
+from wtn_pretrain.report.latency import measure_latency
+from wtn_pretrain.report.summary import Arm, Metric, Summary, Training, WinArm, gain, write_summary
+from wtn_pretrain.report.table import table
+from wtn_pretrain.stages import Stages
+from wtn_pretrain.training.monitor import say
+
+
+def run_method(stages: Stages) -> Summary | None:
+    """Wide, then for every seed narrow, finetune and scratch; export of the first seed's network; summary and report on rank 0."""
+    recipe = stages.recipe
+    wide = stages.wide()
+    narrow, finetune, scratch = [], [], []
+    for seed in recipe.compare.seeds:
+        narrow.append(stages.narrow(seed))
+        finetune.append(stages.finetune(seed))
+        if recipe.compare.scratch:
+            scratch.append(stages.scratch(seed))
+    if stages.place.rank:
+        return None
+    thin = load_network(stages.seed_folder("finetune", recipe.compare.seeds[0]))
+    say("exporting " + ", ".join(recipe.export.formats))
+    written = export(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export.tolerance)
+    thin_shape, wide_shape = _shape(stages, stages.thin), _shape(stages, stages.wide_shape)
+    win = WinArm(
+        **Arm.statistics([result["metric"] for result in finetune]),
+        **thin_shape,
+        training=_cost([*narrow, *finetune], len(recipe.compare.seeds)),
+        imitation_error=[sum(errors) / len(narrow) for errors in zip(*(result["imitation_error"] for result in narrow), strict=True)],
+    )
+    baseline = None
+    if scratch:
+        values = Arm.statistics([result["metric"] for result in scratch])
+        baseline = Arm(**values, **thin_shape, training=_cost(scratch, len(scratch)))
+    metric = stages.task.metric
+    summary = Summary(
+        model=recipe.model.family,
+        name=recipe.run.name,
+        metric=Metric(metric.name, metric.unit, metric.higher_is_better),
+        date=date.today().isoformat(),
+        commit=_commit(),
+        hardware=hardware(),
+        wide=Arm(**Arm.statistics([wide["metric"]]), **wide_shape, training=_cost([wide], 1)),
+        thin_scratch=baseline,
+        thin_win=win,
+        gain=gain(win, baseline) if baseline else None,
+        export=written,
+    )
+    write_summary(stages.folder.path / "summary.json", summary)
+    report = write_report(stages.folder.path)
+    print(table([summary]))
+    for name, result in written.items():
+        standing = f"not written: {result['refused']}" if "refused" in result else f"logits within {result['max_difference']:.1e} of the original"
+        print(f"export {name}: {standing}")
+    print(f"report: {report}")
+    return summary
+
+
+def _shape(stages: Stages, config: BlockConfig) -> dict[str, Any]:
+    network = config.build().eval()
+    probe = stages.task.valid.fetch(_first(), _first().astype("uint64"))
+
+    def call() -> None:
+        with torch.inference_mode():
+            network(probe, **stages.task.positions(probe))
+
+    latency = measure_latency(call, repeats=50, warmup=5)
+    return {"parameters": parameter_count(network), "flops": stages.task.forward_flops(config), "latency_ms": latency["p50_ms"]}
+
+
+def _first() -> Any:
+    import numpy as np
+
+    return np.zeros(1, dtype=np.int64)
+
+
+def _cost(results: Sequence[dict[str, Any]], seeds: int) -> Training:
+    """What one seed cost, on average."""
+    total = {key: sum(result[key] for result in results) / seeds for key in ("steps", "flops", "seconds")}
+    return Training(steps=round(total["steps"]), flops=total["flops"], seconds=total["seconds"])
+
+
+def _commit() -> str | None:
+    """The commit of the code that ran, if it runs from a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
