@@ -41,6 +41,6 @@ setup(
     ],
     extras_require={
         "test": ["pytest==9.2.0", "hypothesis>=6.150"],
-        "dev": ["pytest==9.2.0", "hypothesis>=6.150", "ruff==0.15.0", "mypy==1.20.0", "types-PyYAML", "pre-commit>=4.0"],
+        "dev": ["pytest==9.2.0", "hypothesis>=6.150", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "pre-commit>=4.0"],
     },
 )

@@ -1,7 +1,7 @@
 """Stage 3: train the thin network that stage 2 warmed up, for every seed of the comparison.
 
-    python scripts/finetune.py --config configs/quickstart/bert.yaml
-    deepspeed --num_accelerators 2 scripts/finetune.py --config configs/quickstart/bert.yaml --run.name=two-ranks
+python scripts/finetune.py --config configs/quickstart/bert.yaml
+deepspeed --num_accelerators 2 scripts/finetune.py --config configs/quickstart/bert.yaml --run.name=two-ranks
 """
 
 from wtn_pretrain.cli import main

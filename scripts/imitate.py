@@ -1,6 +1,6 @@
 """Stage 2: the thin network imitates the wide one, block by block, for every seed of the comparison.
 
-    python scripts/imitate.py --config configs/quickstart/bert.yaml
+python scripts/imitate.py --config configs/quickstart/bert.yaml
 """
 
 from wtn_pretrain.cli import main

@@ -1,6 +1,6 @@
 """The whole method: wide, narrow, finetune, the same thin network from scratch, export and report. Started again, it continues.
 
-    python scripts/run.py --config configs/quickstart/resnet.yaml
+python scripts/run.py --config configs/quickstart/resnet.yaml
 """
 
 from wtn_pretrain.cli import main

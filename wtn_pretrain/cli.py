@@ -3,10 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from wtn_pretrain.config import describe
 from wtn_pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from wtn_pretrain.stages import Stages
 
 USAGE_ERROR = 2
 
@@ -36,7 +39,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return config, assignments
 
 
-def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] | None = None) -> NoReturn:  # noqa: F821
+def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Reads the recipe, starts the ranks, does `work` and exits: 0, or 2 with one line on standard error for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
     rank = int(os.environ.get("RANK", "0"))

@@ -132,7 +132,7 @@ def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, 
         seen: set[str] = set()
         for choice in inner:
             for path, kind, leaf in _walk(choice, f"{prefix}{name}."):
-                if len(inner) > 1 and path not in seen or len(inner) == 1:
+                if (len(inner) > 1 and path not in seen) or len(inner) == 1:
                     yield path, kind, leaf
                     seen.add(path)
 

@@ -1,7 +1,6 @@
 """The run's folder: its configuration, one folder a stage, and what says that a stage is done."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,7 @@ import yaml
 
 from wtn_pretrain.config import read_yaml
 from wtn_pretrain.errors import UserError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside `path` and switches, so that a reader sees the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free the place or choose another --run.folder") from None
+from wtn_pretrain.files import write_text
 
 
 class RunFolder:
@@ -40,8 +26,7 @@ class RunFolder:
             difference = next(_differences(old, new), None)
             if difference:
                 raise UserError(
-                    f"{self.path}: holds a run with another configuration ({difference}); "
-                    "choose another --run.name or remove the folder"
+                    f"{self.path}: holds a run with another configuration ({difference}); choose another --run.name or remove the folder"
                 )
         else:
             write_text(existing, config)

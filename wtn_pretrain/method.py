@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from wtn_pretrain.device import hardware
+from wtn_pretrain.device import device, hardware
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.export.command import standing
 from wtn_pretrain.export.write import export
 from wtn_pretrain.models.base import BlockConfig, parameter_count
 from wtn_pretrain.models.store import load_network
@@ -17,6 +19,7 @@ from wtn_pretrain.report.latency import measure_latency
 from wtn_pretrain.report.summary import Arm, Metric, Summary, Training, WinArm, gain, write_summary
 from wtn_pretrain.report.table import table
 from wtn_pretrain.stages import Stages
+from wtn_pretrain.tasks.base import evaluate
 from wtn_pretrain.training.monitor import say
 
 
@@ -63,11 +66,28 @@ def run_method(stages: Stages) -> Summary | None:
     write_summary(stages.folder.path / "summary.json", summary)
     report = write_report(stages.folder.path)
     print(table([summary]))
-    for name, result in written.items():
-        standing = f"not written: {result['refused']}" if "refused" in result else f"logits within {result['max_difference']:.1e} of the original"
-        print(f"export {name}: {standing}")
+    print("\n".join(standing(name, result) for name, result in written.items()))
     print(f"report: {report}")
     return summary
+
+
+def evaluate_run(stages: Stages) -> None:
+    """Prints the validation figures of every finished network of a run."""
+    metric = stages.task.metric
+    found = 0
+    for seed in stages.recipe.compare.seeds:
+        for stage in ("wide", "narrow", "finetune", "scratch"):
+            if stage == "wide" and seed != stages.recipe.compare.seeds[0]:
+                continue
+            folder = stages.seed_folder(stage, None if stage == "wide" else seed)
+            if stages.folder.result(folder):
+                score = evaluate(load_network(folder).to(device()), stages.task)
+                print(
+                    f"{folder.relative_to(stages.folder.path)}: {metric.name} {score['metric']:.2f} {metric.unit}, loss {score['loss']:.4f}"
+                )
+                found += 1
+    if not found:
+        raise UserError(f"{stages.folder.path}: no stage has finished; run scripts/run.py first")
 
 
 def _shape(stages: Stages, config: BlockConfig) -> dict[str, Any]:

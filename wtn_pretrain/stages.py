@@ -17,7 +17,8 @@ from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.device import device, to_device
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.folder import RunFolder, write_text
+from wtn_pretrain.files import write_text
+from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.imitation.bridges import make_bridges
 from wtn_pretrain.imitation.engine import Imitator, Run
 from wtn_pretrain.imitation.pairing import pair
@@ -39,7 +40,8 @@ def open_task(recipe: Recipe, cache: Path) -> Task:
     """The task of a recipe, its data opened."""
     if isinstance(recipe.task, MlmSection) and isinstance(recipe.data, TextData) and isinstance(recipe.model, BertConfig):
         return MlmTask(recipe.task, recipe.data, recipe.model, cache)
-    assert isinstance(recipe.task, ClassifySection) and isinstance(recipe.data, ImageData)
+    assert isinstance(recipe.task, ClassifySection)
+    assert isinstance(recipe.data, ImageData)
     return ClassifyTask(recipe.task, recipe.data)
 
 
@@ -80,7 +82,13 @@ class Stages:
         return self.folder.once(folder, lambda: self._narrow(folder, seed))
 
     def _train(
-        self, name: str, seed: int | None, shape: BlockConfig, section: TrainSection, init: int, start: Callable[[], BlockNetwork] | None = None
+        self,
+        name: str,
+        seed: int | None,
+        shape: BlockConfig,
+        section: TrainSection,
+        init: int,
+        start: Callable[[], BlockNetwork] | None = None,
     ) -> dict[str, Any]:
         folder = self.seed_folder(name, seed)
         finished = self.folder.result(folder)
@@ -105,7 +113,9 @@ class Stages:
     def _narrow(self, folder: Path, seed: int) -> dict[str, Any]:
         section = self.recipe.narrow
         if self.place.world_size > 1:
-            raise UserError(f"narrow: imitation runs on one process, and this run has {self.place.world_size}; start it with python, or one rank")
+            raise UserError(
+                f"narrow: imitation runs on one process, and this run has {self.place.world_size}; start it with python, or one rank"
+            )
         wide = self._teacher().to(device()).requires_grad_(False)
         torch.manual_seed(seed)
         thin = self.thin.build().to(device())
@@ -128,7 +138,11 @@ class Stages:
         score = evaluate(merged, self.task)
         folder.mkdir(parents=True, exist_ok=True)
         if bridges:
-            state = {f"{boundary}.{name}": value.detach().cpu() for boundary, bridge in bridges.items() for name, value in bridge.state_dict().items()}
+            state = {
+                f"{boundary}.{name}": value.detach().cpu()
+                for boundary, bridge in bridges.items()
+                for name, value in bridge.state_dict().items()
+            }
             save_file(state, folder / "bridges.safetensors")
         write_text(folder / "merge.json", json.dumps(report, indent=2) + "\n")
         save_network(folder, self.thin, merged.state_dict())
@@ -159,7 +173,9 @@ class Stages:
         double = copy.deepcopy(bridged).double()
         wide_inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
         exact = merge_and_check(double, wide_inputs, **head)
-        kinds = {boundary: "free" if bridge.free else "constrained" for boundary, bridge in ((int(n), b) for n, b in bridged.bridges.items())}
+        kinds = {
+            boundary: "free" if bridge.free else "constrained" for boundary, bridge in ((int(n), b) for n, b in bridged.bridges.items())
+        }
         report = {"bridges": kinds, "difference_fp32": merged.difference, "difference_fp64": exact.difference}
         if not math.isfinite(merged.difference):
             raise UserError("merge: the merged network's outputs are not finite; lower narrow.optimizer.lr")

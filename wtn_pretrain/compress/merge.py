@@ -33,7 +33,8 @@ class Bridged(nn.Module):
     def _through(self, boundary: int, carry: Carry) -> Carry:
         if str(boundary) not in self.bridges:
             return carry
-        bridge: Bridge = self.bridges[str(boundary)]
+        bridge = self.bridges[str(boundary)]
+        assert isinstance(bridge, Bridge)
         axis = self.thin.channel_axis
         return Carry(apply_map(bridge.reduce(), apply_map(bridge.expand, carry.hidden, axis), axis), carry.context)
 
@@ -91,5 +92,8 @@ def merge_and_check(bridged: Bridged, inputs: Mapping[str, Tensor], **head: Tens
     difference = float((expected - result).abs().max() / expected.abs().max().clamp_min(1e-30))
     dtype = expected.dtype
     if not difference <= TOLERANCE[dtype]:
-        raise UserError(f"merge: the merged network differs from the bridged one by {difference:.1e} (relative), more than {TOLERANCE[dtype]:.0e} for {dtype}")
+        raise UserError(
+            f"merge: the merged network differs from the bridged one by {difference:.1e} (relative), more than {TOLERANCE[dtype]:.0e} for "
+            f"{dtype}; train with narrow.bridge=constrained"
+        )
     return Merged(network, difference, dtype)

@@ -23,7 +23,7 @@ def parity(network: BlockNetwork, exported: Callable[[Inputs], Tensor], probes: 
     shapes = []
     for inputs in probes:
         ours, theirs = network(inputs).float(), exported(inputs).float()
-        shapes.append([list(value.shape) for value in inputs.values()][0])
+        shapes.append(next(list(value.shape) for value in inputs.values()))
         if "attention_mask" in inputs:
             kept = inputs["attention_mask"].bool()
             ours, theirs = ours[kept], theirs[kept]

@@ -12,6 +12,7 @@ import torch
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.export.formats import OPSET, open_hf, open_onnx, write_hf, write_onnx
 from wtn_pretrain.export.parity import parity
+from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.models.hf import why_not_hf
 from wtn_pretrain.tasks.base import Task
@@ -53,7 +54,7 @@ def _export(network: BlockNetwork, task: Task, name: str, target: Path, toleranc
                 f"export: {name} logits differ from the original's by {certificate['max_difference']:.1e}, more than export.tolerance "
                 f"{tolerance:.0e}; nothing was written"
             )
-        (draft / "parity.json").write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+        write_text(draft / "parity.json", json.dumps(certificate, indent=2) + "\n")
         _switch(draft, target)
     except OSError as error:
         raise UserError(f"export: {target} cannot be written ({error}); free the disk or choose another folder") from None

@@ -123,7 +123,9 @@ def make_bridges(
         # the same weight for every boundary, whatever its scale
         pooled = [torch.cat(samples[unit]) for unit in different]
         if pooled:
-            start = principal_map(torch.cat([taken / taken.square().mean().sqrt() for taken in pooled]), widths[pairing.student[different[0]]])
+            start = principal_map(
+                torch.cat([taken / taken.square().mean().sqrt() for taken in pooled]), widths[pairing.student[different[0]]]
+            )
             for unit in different:
                 bridges[pairing.student[unit]] = Bridge(start, kinds[unit] == "free")
     return bridges

@@ -44,9 +44,9 @@ class ImitateSection(Section):
     depth_map: tuple[int, ...] = ()
     """Teacher block (from 1) whose output each student unit answers to; empty: evenly spread."""
     bridge: Literal["auto", "constrained", "free"] = "auto"
-    """Outer widening: free pairs fold into the next block and are refused where they cannot; constrained ones cancel; auto picks by boundary."""
+    """Outer widening: free pairs fold into the next block, or are refused; constrained ones cancel; auto picks by boundary."""
     init: Literal["matching", "random"] = "matching"
-    """matching: tensors that have the teacher's shape start as the teacher's; random: all from scratch (stem and head still start from the wide ones)."""
+    """matching: tensors that have the teacher's shape start as the teacher's; random: none does (stem and head always start from its)."""
     optimizer: OptimizerSection = OptimizerSection(weight_decay=0.0)
     schedule_lr: ScheduleSection = ScheduleSection(name="cosine")
     clip: float = Field(1.0, ge=0)
@@ -63,7 +63,9 @@ class ImitateSection(Section):
     @model_validator(mode="after")
     def _combination(self) -> Self:
         if self.feed != "auto" and self.schedule == "hybrid":
-            raise ValueError("feed is hybrid's own business (teacher, then student); leave it at auto or choose schedule parallel or bottom_up")
+            raise ValueError(
+                "feed is hybrid's own business (teacher, then student); leave it at auto or choose schedule parallel or bottom_up"
+            )
         if self.feed == "teacher" and self.schedule == "joint":
             raise ValueError("feed teacher contradicts schedule joint, which goes through the student end to end; use feed auto")
         if self.feed == "teacher" and self.schedule == "bottom_up" and self.below != "frozen":

@@ -187,7 +187,7 @@ class Run:
         batches = self.imitator.section.cache_batches or phase.steps
         batches = min(batches, phase.steps)
         teacher_in, student_in = self._inputs(index, batches, phase.fed)
-        fed_by_one = teacher_in is None or teacher_in.folder == student_in.folder
+        fed_by_one = teacher_in is None or student_in is None or teacher_in.folder == student_in.folder
         target_store = ActivationStore(self._place("teacher", index), batches)
         for step in range(start, phase.steps):
             position = step % batches
@@ -205,19 +205,19 @@ class Run:
             target_store.finish()
 
     def _inputs(self, index: int, batches: int, fed: str) -> tuple[ActivationStore | None, ActivationStore | None]:
-        """Stores of what enters unit `index` on both sides, each made by one pass over the unit below; None at the stem: the data itself."""
+        """Stores of what enters unit `index` on both sides, each made by one pass over the unit below; None at the stem: the data."""
         if index == 0:
             return None, None
         below = self.imitator.units[index - 1]
         teacher = self._store("teacher", index - 1, batches)
         if not teacher.complete:
             # only the stem can be missing here: every other unit stored its teacher's outputs while it learned
-            source = self._store("teacher", index - 2, batches)
+            source = None if index == 1 else self._store("teacher", index - 2, batches)
             self._fill(teacher, batches, lambda position: self.imitator._teach(below, self._flow(source, position))[0])
         student = teacher if fed == "teacher" else self._store("student", index - 1, batches)
         if not student.complete:
             below.learn(False)
-            source = self._store("student", index - 2, batches)
+            source = None if index == 1 else self._store("student", index - 2, batches)
 
             def answer(position: int) -> Carry:
                 flow = self._flow(source, position)
@@ -233,8 +233,8 @@ class Run:
         kind = "teacher" if unit == 0 and self.imitator.units[0].exit is None else kind
         return self.folder / "activations" / f"{kind}-{unit}"
 
-    def _store(self, kind: str, unit: int, batches: int) -> ActivationStore | None:
-        return None if unit < 0 else ActivationStore(self._place(kind, unit), batches)
+    def _store(self, kind: str, unit: int, batches: int) -> ActivationStore:
+        return ActivationStore(self._place(kind, unit), batches)
 
     def _fill(self, store: ActivationStore, batches: int, make: Callable[[int], Carry]) -> None:
         with torch.no_grad(), self.imitator._autocast():
@@ -256,11 +256,15 @@ class Run:
             if not bool(torch.isfinite(values).all()):
                 unit = phase.losses[int((~torch.isfinite(values)).nonzero()[0])]
                 name = "the stem" if unit == 0 else f"unit {unit}"
-                raise UserError(f"{self.stage}: the imitation loss of {name} is not finite at step {step}; lower narrow.optimizer.lr or narrow.clip")
+                raise UserError(
+                    f"{self.stage}: the imitation loss of {name} is not finite at step {step}; lower narrow.optimizer.lr or narrow.clip"
+                )
             units: list[float | None] = [None] * len(self.imitator.units)
             for unit, value in zip(phase.losses, values.tolist(), strict=True):
                 units[unit] = value
-            self.monitor.step(step, {"loss": float(values.mean()), "units": units, "phase": phase.name, "lr": rate}, samples=self.stream.batch_size)
+            self.monitor.step(
+                step, {"loss": float(values.mean()), "units": units, "phase": phase.name, "lr": rate}, samples=self.stream.batch_size
+            )
         else:
             self.monitor.step(step, {"phase": phase.name}, samples=self.stream.batch_size)
 
@@ -277,7 +281,9 @@ class Run:
             torch.save(state, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: cannot be written ({error}); the checkpoint before it is kept, free the disk and start again") from None
+            raise UserError(
+                f"{path}: cannot be written ({error}); the checkpoint before it is kept, free the disk and start again"
+            ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.first_phase, self.first_step, self.optimizer_state = state["phase"], state["step"], state["optimizer"]

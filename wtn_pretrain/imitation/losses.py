@@ -23,7 +23,9 @@ def energy_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     return error.sum() / energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def mobilebert(student: Tensor, teacher: Tensor, student_taps: Taps, teacher_taps: Taps, weights: MobileBertLoss, mask: Tensor | None = None) -> Tensor:
+def mobilebert(
+    student: Tensor, teacher: Tensor, student_taps: Taps, teacher_taps: Taps, weights: MobileBertLoss, mask: Tensor | None = None
+) -> Tensor:
     """MobileBERT's per-layer loss, weighted sum of four terms; hidden states [B, S, D], attention scores [B, H, S, S]."""
     student, teacher = student.float(), teacher.float()
     width = teacher.shape[-1:]

@@ -1,6 +1,6 @@
 """Which student blocks answer to which teacher blocks."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from wtn_pretrain.errors import UserError
@@ -44,7 +44,9 @@ def pair(thin: BlockConfig, wide: BlockConfig, *, unit: str = "block", depth_map
                 "choose a teacher block of the same resolution"
             )
         if small[axis] > large[axis]:
-            raise UserError(f"narrow: the student is wider ({small[axis]}) than its teacher ({large[axis]}) {where}; a teacher must be at least as wide")
+            raise UserError(
+                f"narrow: the student is wider ({small[axis]}) than its teacher ({large[axis]}) {where}; a teacher must be at least as wide"
+            )
     return Pairing(student, teacher)
 
 
@@ -63,7 +65,7 @@ def _check(depth_map: tuple[int, ...], units: int, blocks: int) -> tuple[int, ..
     text = list(depth_map)
     if len(depth_map) != units:
         raise UserError(f"narrow.depth_map: {text} has {len(depth_map)} numbers for {units} student units; give one a unit, none skipped")
-    for before, after in zip(depth_map, depth_map[1:], strict=False):
+    for before, after in pairwise(depth_map):
         if after <= before:
             raise UserError(f"narrow.depth_map: {text} goes from teacher block {before} to {after}; it must rise from unit to unit")
     if depth_map[0] < 1 or depth_map[-1] > blocks:
@@ -81,7 +83,9 @@ def _spread(thin: tuple[int, ...], wide: tuple[int, ...], unit: str) -> tuple[in
     ends = [0]
     for small, large in zip(thin, wide, strict=True):
         if large < small:
-            raise UserError(f"narrow.depth_map: a stage of {small} student blocks has a teacher of {large}; a teacher must be at least as deep")
+            raise UserError(
+                f"narrow.depth_map: a stage of {small} student blocks has a teacher of {large}; a teacher must be at least as deep"
+            )
         first = ends[-1]
         ends += [first + (index * large + small // 2) // small for index in range(1, small)] + [first + large]
     return tuple(ends)

@@ -1,15 +1,24 @@
 """Activations of a fixed sequence of batches on disk, mapped into memory: written once in order, read in any order."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.folder import write_text
+from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import Carry
+
+
+class Layout(TypedDict):
+    """One tensor of a carry on disk."""
+
+    shape: list[int]
+    dtype: str
 
 
 class ActivationStore:
@@ -52,20 +61,18 @@ class ActivationStore:
         free = shutil.disk_usage(self.folder).free
         if size > 0.95 * free:
             raise UserError(
-                f"{self.folder}: the activations of {self.batches} batches take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-                "set narrow.cache_batches lower, use narrow.schedule=hybrid, which stores none, or free the disk"
+                f"{self.folder}: the activations of {self.batches} batches take {size / 2**30:.1f} GiB and "
+                f"{free / 2**30:.1f} GiB are free; set narrow.cache_batches lower, "
+                "use narrow.schedule=hybrid, which stores none, or free the disk"
             )
-        layout = [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in tensors]
+        layout: list[Layout] = [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in tensors]
         self._open(layout)
         write_text(self.folder / "layout.json", json.dumps(layout))
 
-    def _open(self, layout: list[dict[str, object]]) -> None:
+    def _open(self, layout: list[Layout]) -> None:
         self._files = []
         for number, field in enumerate(layout):
-            shape = [self.batches, *field["shape"]]  # type: ignore[misc]
-            dtype = getattr(torch, str(field["dtype"]))
-            count = 1
-            for side in shape:
-                count *= int(side)
-            file = torch.from_file(str(self.folder / f"{number}.bin"), shared=True, size=count, dtype=dtype)
+            shape = [self.batches, *field["shape"]]
+            dtype = getattr(torch, field["dtype"])
+            file = torch.from_file(str(self.folder / f"{number}.bin"), shared=True, size=math.prod(shape), dtype=dtype)
             self._files.append(file.view(shape))

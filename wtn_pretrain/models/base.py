@@ -8,6 +8,7 @@ C channels, Y/X rows and columns, P predicted positions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -63,9 +64,10 @@ class BlockNetwork(nn.Module, ABC):
     """Stem, blocks and head; `stages` says how many consecutive blocks form each natural group."""
 
     config: BlockConfig
-    stem: nn.Module
+    # a family's own modules: what they hold is known there
+    stem: Any
     blocks: nn.ModuleList
-    head: nn.Module
+    head: Any
     stages: tuple[int, ...]
     channel_axis: ClassVar[int]
     """The axis of `carry.hidden` that holds the carried width."""
@@ -180,7 +182,7 @@ def flops(config: BlockConfig, batch: int = 1, **head: Any) -> Flops:
         carry, stem = _counted(lambda: network.stem(config.example_inputs(batch, "meta")))
         blocks = []
         for block in network.blocks:
-            carry, count = _counted(lambda block=block, carry=carry: block(carry))
+            carry, count = _counted(partial(block, carry))
             blocks.append(count // batch)
         _, top = _counted(lambda: network.head(carry, **head))
     return Flops(stem // batch, tuple(blocks), top // batch)

@@ -42,7 +42,7 @@ def to_hf(network: BlockNetwork) -> "PreTrainedModel":
 
 
 def from_hf(model: "PreTrainedModel") -> BlockNetwork:
-    """A Hugging Face model (`BertForMaskedLM`, `BertForPreTraining`, their Megatron forms, `ResNetForImageClassification`) as a block network.
+    """A Hugging Face model as a block network: BERT and Megatron BERT `ForMaskedLM` or `ForPreTraining`, `ResNetForImageClassification`.
 
     Raises:
         UserError: the architecture is not one that the block networks hold.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wtn_pretrain.config import validate
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, families
 
 
@@ -25,8 +26,7 @@ def save_network(folder: Path, config: BlockConfig, state: dict[str, Tensor]) ->
     weights, shape = folder / "model.safetensors", folder / "model.json"
     save_file(unique, weights.with_suffix(".tmp"))
     os.replace(weights.with_suffix(".tmp"), weights)
-    shape.with_suffix(".tmp").write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-    os.replace(shape.with_suffix(".tmp"), shape)
+    write_text(shape, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
 
 def load_shape(folder: Path) -> BlockConfig:
@@ -39,7 +39,7 @@ def load_shape(folder: Path) -> BlockConfig:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path}: not valid JSON; the file is damaged, run the stage again") from None
     family = tree.get("family") if isinstance(tree, dict) else None
-    if family not in families():
+    if not isinstance(family, str) or family not in families():
         raise UserError(f"{path}: unknown model family {family!r}; there are {', '.join(families())}")
     return validate(families()[family], tree)
 
@@ -63,7 +63,11 @@ def load_state(network: BlockNetwork, state: dict[str, Tensor], source: str) -> 
     given = {id(own[name]) for name in state if name in own}
     missing = [name for name, value in own.items() if id(value) not in given]
     extra = [name for name in state if name not in own]
-    wrong = [f"{name} {list(state[name].shape)} for {list(own[name].shape)}" for name in state if name in own and state[name].shape != own[name].shape]
+    wrong = [
+        f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+        for name in state
+        if name in own and state[name].shape != own[name].shape
+    ]
     if missing or extra or wrong:
         raise UserError(f"{source}: weights do not fit the network: missing {missing[:4]}, unexpected {extra[:4]}, wrong shape {wrong[:4]}")
     with torch.no_grad():

@@ -20,10 +20,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
         centred = x - mean[:, None, None]
         variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        # torch types them as optional, for norms without statistics, which these networks do not use
+        tracked, running_mean, running_var, momentum = self.num_batches_tracked, self.running_mean, self.running_var, self.momentum
+        if tracked is None or running_mean is None or running_var is None or momentum is None:
+            raise RuntimeError("batch norm without running statistics is not supported")
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            tracked += 1
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * (count / (count - 1)), momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return centred * scale[:, None, None] + self.bias[:, None, None]
 

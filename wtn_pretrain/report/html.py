@@ -9,11 +9,12 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
 from wtn_pretrain.report.curves import STAGES, read_logs
 from wtn_pretrain.report.figures import COLOURS, Plot, comparison_plots, imitation_plots, training_plots
 from wtn_pretrain.report.summary import Summary, read_summary
 from wtn_pretrain.report.table import cells, columns, quality, verdict
-from wtn_pretrain.training.monitor import METRICS, write_atomically
+from wtn_pretrain.training.monitor import METRICS
 
 PAGE = "report.html"
 
@@ -128,5 +129,5 @@ def _write(template: str, folder: Path, shown: dict[str, Any]) -> Path:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     target = folder / PAGE
-    write_atomically(target, environment.get_template(template).render(shown))
+    write_text(target, environment.get_template(template).render(shown))
     return target

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.training.monitor import write_atomically
+from wtn_pretrain.files import write_text
 
 # a diverged arm keeps its NaN: a run of days must not end in an exception over it
 STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -112,7 +112,7 @@ def gain(win: Arm, scratch: Arm) -> Gain:
 
 def write_summary(path: Path, summary: Summary) -> None:
     """Write `summary.json` of one run, whole or not at all."""
-    write_atomically(path, ONE.dump_json(summary, indent=2).decode() + "\n")
+    write_text(path, ONE.dump_json(summary, indent=2).decode() + "\n")
 
 
 def read_summary(path: Path) -> Summary:
@@ -129,7 +129,7 @@ def read_summary(path: Path) -> Summary:
 
 def write_summaries(path: Path, summaries: Mapping[str, Summary]) -> None:
     """Write the combined `summary.json` of several runs."""
-    write_atomically(path, MANY.dump_json(dict(summaries), indent=2).decode() + "\n")
+    write_text(path, MANY.dump_json(dict(summaries), indent=2).decode() + "\n")
 
 
 def collect(folder: Path) -> dict[str, Summary]:

@@ -43,7 +43,9 @@ class ClassifyTask(Task):
         facts = {"image_channels": self.splits.channels, "image_size": self.splits.size, "classes": len(self.splits.classes)}
         for key, value in facts.items():
             if getattr(config, key) not in (0, value):
-                raise UserError(f"model.{key}: is {getattr(config, key)} and the data has {value}; set it to {value}, or 0 to take the data's")
+                raise UserError(
+                    f"model.{key}: is {getattr(config, key)} and the data has {value}; set it to {value}, or 0 to take the data's"
+                )
         return config.model_copy(update=facts)
 
     def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

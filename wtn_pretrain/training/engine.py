@@ -99,5 +99,7 @@ def gathered_state(engine: Any, module: nn.Module) -> dict[str, torch.Tensor] | 
                 dot = f"{prefix}." if prefix else ""
                 state.update({f"{dot}{name}": value.detach().cpu().clone() for name, value in own.items()})
                 buffers = {name for name in part._buffers if name not in part._non_persistent_buffers_set}
-                state.update({f"{dot}{name}": part._buffers[name].detach().cpu().clone() for name in buffers if part._buffers[name] is not None})
+                state.update(
+                    {f"{dot}{name}": part._buffers[name].detach().cpu().clone() for name in buffers if part._buffers[name] is not None}
+                )
     return state if dist.get_rank() == 0 else None

@@ -100,7 +100,9 @@ def _mean_over_ranks(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _require_finite(loss: Tensor, stage: str, step: int, checkpoints: Path) -> None:
     if not math.isfinite(float(loss)):
-        kept = f"the checkpoint before it is kept in {checkpoints}" if (checkpoints / "latest").exists() else "no checkpoint was written yet"
+        kept = (
+            f"the checkpoint before it is kept in {checkpoints}" if (checkpoints / "latest").exists() else "no checkpoint was written yet"
+        )
         raise UserError(f"{stage}: the loss is {float(loss)} at step {step}; lower {stage}.optimizer.lr or {stage}.clip ({kept})")
 
 
@@ -132,7 +134,9 @@ def _save(engine: Any, checkpoints: Path, step: int, seconds: float, place: Plac
     try:
         engine.save_checkpoint(str(checkpoints), tag=f"step{step}", client_state={"step": step, "seconds": seconds})
     except OSError as error:
-        raise UserError(f"{checkpoints}: checkpoint of step {step} cannot be written ({error.strerror}); free the disk and start again") from None
+        raise UserError(
+            f"{checkpoints}: checkpoint of step {step} cannot be written ({error.strerror}); free the disk and start again"
+        ) from None
     if place.rank == 0:
         old = sorted(checkpoints.glob("step*"), key=lambda path: int(path.name.removeprefix("step")))[:-2]
         for path in old:

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
 
 METRICS = "metrics.jsonl"
 SETTLE = 5  # steps left out of the rate: they pay for compilation, allocation and cold caches
@@ -193,25 +194,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` (UTF-8) into `path` so that a reader finds the old file or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _drop_beyond(path: Path, stage: str, start: int) -> None:
     """Rewrite `path` without the records of `stage` beyond `start` and without a line cut short by a crash."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["stage"] != stage or start and record["step"] <= start]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    kept = [record for record in read_metrics(path) if record["stage"] != stage or (start and record["step"] <= start)]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _plain(value: Any) -> Any:

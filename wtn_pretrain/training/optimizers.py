@@ -20,7 +20,7 @@ class Lamb(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure else None
         for group in self.param_groups:
             first, second = group["betas"]
@@ -50,7 +50,7 @@ class Lars(Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure else None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -80,7 +80,7 @@ def decayed(parameter: nn.Parameter) -> bool:
 
 def make_optimizer(section: OptimizerSection, groups: list[dict[str, Any]]) -> Optimizer:
     """The optimizer over parameter groups; a group's own `weight_decay` wins."""
-    common = {"lr": section.lr, "weight_decay": section.weight_decay}
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
     if section.name == "adamw":
         return torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, **common)
     if section.name == "lamb":

@@ -13,7 +13,9 @@ BERTS = {
     "pre with pair head": BertConfig(vocab_size=97, hidden_size=32, layers=2, heads=2, norm="pre", pair_head="sop"),
 }
 RESNETS = {
-    "basic": ResNetConfig(block="basic", depths=(2, 1, 2), channels=(8, 16, 24), stem_channels=8, image_channels=3, image_size=48, classes=5),
+    "basic": ResNetConfig(
+        block="basic", depths=(2, 1, 2), channels=(8, 16, 24), stem_channels=8, image_channels=3, image_size=48, classes=5
+    ),
     "bottleneck": ResNetConfig(depths=(1, 2), channels=(32, 64), stem_channels=8, image_channels=1, image_size=40, classes=7),
     "bottleneck, first stage without projection": ResNetConfig(
         depths=(2, 1), channels=(16, 32), stem_channels=16, image_channels=3, image_size=32, classes=4

@@ -1,6 +1,6 @@
 """The shape of a BERT encoder."""
 
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, preset, register, whole
+
+if TYPE_CHECKING:
+    from wtn_pretrain.models.bert.model import BertNetwork
 
 
 @register
@@ -91,7 +94,7 @@ class BertConfig(BlockConfig):
             }
         )
 
-    def build(self) -> "BertNetwork":  # noqa: F821
+    def build(self) -> "BertNetwork":
         from wtn_pretrain.models.bert.model import BertNetwork
 
         return BertNetwork(self)

@@ -14,7 +14,9 @@ MODEL_TYPES = ("bert", "megatron-bert")
 def why_not(config: BertConfig) -> str | None:
     """None where Hugging Face has this architecture, else what it lacks."""
     if config.heads * config.head_size != config.hidden_size:
-        return f"its BERT has no inner-widened attention ({config.heads} heads of {config.head_size} on a hidden size of {config.hidden_size})"
+        return (
+            f"its BERT has no inner-widened attention ({config.heads} heads of {config.head_size} on a hidden size of {config.hidden_size})"
+        )
     return None
 
 
@@ -49,7 +51,9 @@ def shape(model: "PreTrainedModel") -> BertConfig:
     if hf.hidden_act != "gelu":
         raise UserError(f"teacher: hidden_act {hf.hidden_act!r} is not supported, only 'gelu'")
     if "ForMaskedLM" not in type(model).__name__ and "ForPreTraining" not in type(model).__name__:
-        raise UserError(f"teacher: {type(model).__name__} has no masked-language-model head; load it as a ForMaskedLM or ForPreTraining model")
+        raise UserError(
+            f"teacher: {type(model).__name__} has no masked-language-model head; load it as a ForMaskedLM or ForPreTraining model"
+        )
     return BertConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,

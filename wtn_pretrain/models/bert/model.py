@@ -67,9 +67,7 @@ class BertBlock(nn.Module):
 
     def _attend(self, x_BSD: Tensor, mask: Tensor | None, taps: Taps | None) -> Tensor:
         shape = (*x_BSD.shape[:2], self.heads, self.head_size)
-        q_BHSK, k_BHSK, v_BHSK = (
-            projection(x_BSD).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value)
-        )
+        q_BHSK, k_BHSK, v_BHSK = (projection(x_BSD).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value))
         if taps is not None:
             taps["attention"] = q_BHSK @ k_BHSK.transpose(-1, -2) * self.head_size**-0.5
         dropout = self.attention_dropout.p if self.attention_dropout.training else 0.0

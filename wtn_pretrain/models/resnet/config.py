@@ -1,6 +1,6 @@
 """The shape of a ResNet."""
 
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, preset, register, whole
+
+if TYPE_CHECKING:
+    from wtn_pretrain.models.resnet.model import ResNetNetwork
 
 
 @register
@@ -25,7 +28,7 @@ class ResNetConfig(BlockConfig):
     channels: tuple[int, ...] = (256, 512, 1024, 2048)
     """Output channels of each stage (the carried width)."""
     inner_channels: tuple[int, ...] = ()
-    """Channels inside the blocks of each stage (of the 3x3 convolution); empty: a quarter of `channels` in bottlenecks, equal in basic blocks."""
+    """Channels inside the blocks of each stage (of the 3x3 convolution); empty: a quarter of `channels` in bottlenecks, else equal."""
     stem_channels: int = 64
     """Output channels of the stem."""
     image_channels: int = 0
@@ -67,19 +70,19 @@ class ResNetConfig(BlockConfig):
 
     def widen(self, inner: float, outer: float, blocks: tuple[int, ...] | None) -> Self:
         if blocks is not None and len(blocks) != len(self.depths):
-            raise UserError(f"widen.blocks: {len(blocks)} numbers for {len(self.depths)} stages; give one a stage, like {list(self.depths)}")
+            raise UserError(
+                f"widen.blocks: {len(blocks)} numbers for {len(self.depths)} stages; give one a stage, like {list(self.depths)}"
+            )
         return self.model_copy(
             update={
                 "stem_channels": whole(self.stem_channels * outer, "stem_channels", "widen.outer"),
                 "channels": tuple(whole(width * outer, "channels", "widen.outer") for width in self.channels),
-                "inner_channels": tuple(
-                    whole(width * outer * inner, "inner_channels", "widen.inner") for width in self.inner_channels
-                ),
+                "inner_channels": tuple(whole(width * outer * inner, "inner_channels", "widen.inner") for width in self.inner_channels),
                 "depths": tuple(blocks) if blocks else self.depths,
             }
         )
 
-    def build(self) -> "ResNetNetwork":  # noqa: F821
+    def build(self) -> "ResNetNetwork":
         from wtn_pretrain.models.resnet.model import ResNetNetwork
 
         return ResNetNetwork(self)

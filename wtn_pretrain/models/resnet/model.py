@@ -90,8 +90,11 @@ class ResNetNetwork(BlockNetwork):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if self.config.zero_init_residual:
-            for block in self.blocks:
-                nn.init.zeros_(block.norms[-1].weight)
+            for block in self._typed_blocks():
+                nn.init.zeros_(block.norms[-1].get_parameter("weight"))
+
+    def _typed_blocks(self) -> list[ResNetBlock]:
+        return [block for block in self.blocks if isinstance(block, ResNetBlock)]
 
     def widths(self) -> list[int]:
         per_block = [width for depth, width in zip(self.config.depths, self.config.channels, strict=True) for _ in range(depth)]
@@ -113,9 +116,11 @@ class ResNetNetwork(BlockNetwork):
                 # the average pool commutes with a map of channels
                 self.head.classifier.weight.copy_(self.head.classifier.weight @ matrix)
                 return
-            block = self.blocks[boundary]
+            block = self._typed_blocks()[boundary]
+            assert block.shortcut is not None
             for conv in (block.convs[0], block.shortcut[0]):
-                conv.weight.copy_(torch.einsum("ocyx,ci->oiyx", conv.weight, matrix))
+                weight = conv.get_parameter("weight")
+                weight.copy_(torch.einsum("ocyx,ci->oiyx", weight, matrix))
 
     def start_stem_from(self, wide: BlockNetwork, reduce: Tensor | None) -> None:
         # a projected convolution would not commute with its batch norm and ReLU: under outer widening the stem learns from its start

@@ -1,0 +1,195 @@
+"""What tests of whole runs share: small recipes, the real scripts started as a user starts them, and what they leave behind."""
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BERT: dict[str, Any] = {
+    "run": {"name": "bert", "seed": 3},
+    "model": {
+        "family": "bert",
+        "hidden_size": 32,
+        "layers": 3,
+        "heads": 2,
+        "intermediate_size": 64,
+        "max_positions": 32,
+        "norm": "pre",
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "widen": {"inner": 2},
+    "task": {"kind": "mlm"},
+    "data": {"kind": "text", "source": "pydoc", "vocab_size": 256, "sequence_length": 24, "limit_mb": 0.05, "valid_fraction": 0.1},
+    "wide": {"steps": 20, "batch_size": 16, "clip": 0.5, "log_every": 1, "optimizer": {"lr": 3e-3}, "schedule": {"warmup": 4}},
+    "narrow": {"steps": 20, "batch_size": 16, "log_every": 1, "optimizer": {"lr": 2e-3}},
+    "finetune": {"steps": 20, "batch_size": 16, "log_every": 1, "optimizer": {"lr": 1e-3}},
+}
+"""A tiny pre-LN BERT on the language reference inside Python: seconds a stage."""
+
+RESNET: dict[str, Any] = {
+    "run": {"name": "resnet", "seed": 5},
+    "model": {"family": "resnet", "block": "basic", "stem": "cifar", "stem_channels": 8, "channels": [8, 16], "depths": [2, 1]},
+    "widen": {"inner": 2},
+    "task": {"kind": "classify"},
+    "data": {"kind": "images", "source": "digits", "shift": 1},
+    "wide": {
+        "steps": 20,
+        "batch_size": 32,
+        "clip": 2.0,
+        "log_every": 1,
+        "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 5e-4},
+        "schedule": {"name": "cosine", "warmup": 4},
+    },
+    "narrow": {"steps": 20, "batch_size": 32, "log_every": 1, "optimizer": {"lr": 2e-3}},
+    "finetune": {"steps": 20, "batch_size": 32, "log_every": 1, "optimizer": {"name": "sgd", "lr": 0.02}},
+}
+"""A tiny ResNet of basic blocks on scikit-learn's digits."""
+
+
+def recipe(base: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A copy of a recipe with `section.key` -> value changed; a value of None removes the key."""
+    tree = copy.deepcopy(dict(base))
+    for path, value in (changes or {}).items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        if value is None:
+            node.pop(last, None)
+        else:
+            node[last] = value
+    return tree
+
+
+def write_recipe(path: Path, tree: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(dict(tree), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """This environment without a launcher's marks, offline, one thread a rank, and with the tools beside this Python on the path."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+    }
+
+
+def command(script: str, config: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    """The command line of a script of the repository, under DeepSpeed's launcher where there are ranks to start."""
+    call = [str(ROOT / "scripts" / script), "--config", str(config), *overrides]
+    if ranks == 1:
+        return [sys.executable, *call]
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port()), *call]
+
+
+def start(script: str, config: Path, *overrides: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Runs a script to its end, in the folder of its configuration; the whole process group ends with the time allowed."""
+    process = subprocess.Popen(
+        command(script, config, *overrides, ranks=ranks),
+        cwd=config.parent,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{script} did not end in {timeout} s\n{out[-2000:]}\n{err[-2000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def succeed(script: str, config: Path, *overrides: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`start`, which must exit with 0."""
+    done = start(script, config, *overrides, ranks=ranks, timeout=timeout)
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def kill_at(script: str, config: Path, *overrides: str, stage: Path, step: int, ranks: int = 1, timeout: float = 240) -> int:
+    """Starts a script and kills it (SIGKILL, every process) once `stage` has logged `step`; returns the last step that was logged."""
+    process = subprocess.Popen(
+        command(script, config, *overrides, ranks=ranks),
+        cwd=config.parent,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + timeout
+    try:
+        while max(steps_logged(stage), default=0) < step:
+            assert process.poll() is None, f"{script} ended before it logged step {step}"
+            assert time.monotonic() < deadline, f"{script} did not log step {step} in {timeout} s"
+            time.sleep(0.005)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return max(steps_logged(stage))
+
+
+def records(stage: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The records of a stage's `metrics.jsonl`, without a line that a kill cut short."""
+    path = stage / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in found if record["kind"] == kind]
+
+
+def steps_logged(stage: Path) -> list[int]:
+    return [record["step"] for record in records(stage)]
+
+
+def losses(stage: Path) -> list[float]:
+    """The loss of every step from 1 on; each step must be there once."""
+    found = records(stage)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    return [record["loss"] for record in found]
+
+
+def weights(stage: Path) -> dict[str, torch.Tensor]:
+    return load_file(stage / "model.safetensors")
+
+
+def equal_bits(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def error_lines(stderr: str, launched: bool = False) -> list[str]:
+    """What a script says on standard error, without the warnings of libraries that say something on every start."""
+    noise: Sequence[str] = ("[launch.py:", "[runner.py:", "launch.py:", "exits with return code") if launched else ()
+    return [line for line in stderr.splitlines() if line.strip() and not any(mark in line for mark in noise)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, byte by byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
