@@ -34,7 +34,7 @@ BERT: dict[str, Any] = {
     "widen": {"inner": 2},
     "task": {"kind": "mlm"},
     "data": {"kind": "text", "source": "pydoc", "vocab_size": 256, "sequence_length": 24, "limit_mb": 0.05, "valid_fraction": 0.1},
-    "wide": {"steps": 20, "batch_size": 16, "clip": 0.5, "log_every": 1, "optimizer": {"lr": 3e-3}, "schedule": {"warmup": 4}},
+    "wide": {"steps": 20, "batch_size": 16, "clip": 0.5, "log_every": 1, "optimizer": {"lr": 1e-2}, "schedule": {"warmup": 4}},
     "narrow": {"steps": 20, "batch_size": 16, "log_every": 1, "optimizer": {"lr": 2e-3}},
     "finetune": {"steps": 20, "batch_size": 16, "log_every": 1, "optimizer": {"lr": 1e-3}},
 }
@@ -49,9 +49,9 @@ RESNET: dict[str, Any] = {
     "wide": {
         "steps": 20,
         "batch_size": 32,
-        "clip": 2.0,
+        "clip": 0.5,
         "log_every": 1,
-        "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 5e-4},
+        "optimizer": {"name": "sgd", "lr": 0.2, "weight_decay": 5e-4},
         "schedule": {"name": "cosine", "warmup": 4},
     },
     "narrow": {"steps": 20, "batch_size": 32, "log_every": 1, "optimizer": {"lr": 2e-3}},

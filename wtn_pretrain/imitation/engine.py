@@ -189,6 +189,7 @@ class Run:
         teacher_in, student_in = self._inputs(index, batches, phase.fed)
         fed_by_one = teacher_in is None or student_in is None or teacher_in.folder == student_in.folder
         target_store = ActivationStore(self._place("teacher", index), batches)
+        kept = index < len(self.imitator.units) - 1 or batches < phase.steps
         for step in range(start, phase.steps):
             position = step % batches
             teacher = self._flow(teacher_in, position)
@@ -196,12 +197,12 @@ class Run:
             if step < batches or unit._taps:
                 with self.imitator._autocast():
                     target, taps = self.imitator._teach(unit, teacher)
-                if step < batches and index < len(self.imitator.units) - 1:
+                if step < batches and kept:
                     target_store.write(position, target)
             else:
                 target, taps = self._to(target_store.read(position)), {}
             yield self.imitator.step_one(unit, phase.fed, teacher, student, target, taps)
-        if index < len(self.imitator.units) - 1:
+        if kept:
             target_store.finish()
 
     def _inputs(self, index: int, batches: int, fed: str) -> tuple[ActivationStore | None, ActivationStore | None]:

@@ -1,0 +1,183 @@
+"""Peak activation memory of a step of block-wise imitation, for networks of 4, 12 and 48 blocks.
+
+    python benchmarks/imitation_memory.py [--model bert|resnet|both] [--[no-]resident] [--preset ci|full] [--json FILE]
+
+A step of the engine (`Imitator.step`: teacher and student, forward and backward of every block) runs under a dispatch mode that
+follows every storage an operator makes, from its making until it is freed: activations of both networks, what autograd keeps,
+temporaries. What is there before the step (parameters, gradients, which a first step has allocated, batch) is not counted;
+no optimizer has state yet. Schedules: parallel (teacher-fed), student-fed (the second phase of hybrid) and, for contrast, joint,
+which backpropagates end to end.
+
+JSON keys: `peak_activation_bytes` {schedule: {blocks: bytes}} of the first model, `flatness`, the largest over models of
+max / min over the depths for parallel and student-fed (claim: at most 1.10), `joint_growth`, the smallest over models of 48
+against 4 blocks; `models` holds the figures of each. `--resident` (on in preset full) measures 4 and 48 blocks a second way, as
+the growth of the resident set over the same step in a fresh process (Linux): `resident_growth_bytes`.
+"""
+
+import argparse
+import os
+import sys
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, run, table
+from pairs import MODELS, Pair
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from wtn_pretrain.device import to_device
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.imitation.config import ImitateSection
+from wtn_pretrain.imitation.engine import Imitator
+from wtn_pretrain.imitation.schedules import Phase, phases
+from wtn_pretrain.imitation.units import Flow
+
+DEPTHS = (4, 12, 48)
+SCHEDULES = {"parallel": "parallel", "student-fed": "hybrid", "joint": "joint"}
+"""Name -> the schedule whose last phase it is."""
+FLAT = ("parallel", "student-fed")
+STAGES = 2
+"""Stages of the ResNet: every depth is a multiple."""
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make while it is active, until they are freed; `peak` is the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._followed: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # a storage that came in and is not followed was there before: a view of it, or a write into it, makes nothing
+        entered = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key = id(storage)
+                if key not in entered and key not in self._followed:
+                    size = storage.nbytes()
+                    self.live += size
+                    self._followed[key] = weakref.finalize(storage, self._freed, key, size)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.live -= size
+        del self._followed[key]
+
+
+def ready(model: str, blocks: int, schedule: str, preset: str) -> tuple[Imitator, Phase, Flow]:
+    """An engine that has taken a first step, so that gradients exist, with the phase and batch of the next."""
+    pair = Pair(model, blocks, preset, STAGES)
+    section = ImitateSection(schedule=SCHEDULES[schedule], batch_size=pair.batch_size)
+    imitator = pair.imitator(section)
+    phase = phases(section, blocks, learns_stem=False)[-1]
+    imitator.begin(phase)
+    batch = to_device(pair.stream().micro_batch(0, 0))
+    imitator.step(phase, batch)
+    return imitator, phase, batch
+
+
+def peak_bytes(model: str, blocks: int, schedule: str, preset: str) -> int:
+    """Most bytes at once of what a step makes."""
+    imitator, phase, batch = ready(model, blocks, schedule, preset)
+    with LiveStorages() as storages:
+        losses = imitator.step(phase, batch)
+    if len(losses) != blocks:
+        raise RuntimeError(f"{len(losses)} losses of {blocks} blocks: the step did not train them all")
+    return storages.peak
+
+
+def resident_growth(model: str, blocks: int, schedule: str, preset: str, threads: int) -> int:
+    """Bytes by which a step raises the peak resident set of this process over what it held before."""
+    torch.set_num_threads(threads)
+    imitator, phase, batch = ready(model, blocks, schedule, preset)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
+    before = _status("VmRSS")
+    imitator.step(phase, batch)
+    return _status("VmHWM") - before
+
+
+def in_fresh_process(*arguments: Any) -> int:
+    """`resident_growth` in a process of its own, whose allocator hands freed tensors back to the system at once."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(64 * 1024)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(resident_growth, *arguments).result()
+
+
+def measure_model(model: str, options: argparse.Namespace, resident: bool) -> dict[str, Any]:
+    """The figures of one pair."""
+    peaks = {schedule: {blocks: peak_bytes(model, blocks, schedule, options.preset) for blocks in DEPTHS} for schedule in SCHEDULES}
+    by_schedule = {schedule: max(peak.values()) / min(peak.values()) for schedule, peak in peaks.items()}
+    figures: dict[str, Any] = {
+        "peak_activation_bytes": peaks,
+        "flatness": max(by_schedule[schedule] for schedule in FLAT),
+        "flatness_by_schedule": by_schedule,
+        "joint_growth": peaks["joint"][DEPTHS[-1]] / peaks["joint"][DEPTHS[0]],
+    }
+    if resident:
+        figures["resident_growth_bytes"] = {
+            schedule: {blocks: in_fresh_process(model, blocks, schedule, options.preset, options.threads) for blocks in (DEPTHS[0], DEPTHS[-1])}
+            for schedule in SCHEDULES
+        }
+    return figures
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of the benchmark."""
+    resident = options.preset == "full" if options.resident is None else options.resident
+    if resident and not Path("/proc/self/clear_refs").exists():
+        raise UserError("--resident: needs Linux's /proc/self/clear_refs; leave it out with --no-resident")
+    chosen = MODELS if options.model == "both" else (options.model,)
+    models = {model: measure_model(model, options, resident) for model in chosen}
+    return {
+        "peak_activation_bytes": models[chosen[0]]["peak_activation_bytes"],
+        "flatness": max(figures["flatness"] for figures in models.values()),
+        "joint_growth": min(figures["joint_growth"] for figures in models.values()),
+        "models": models,
+    }
+
+
+def show(figures: dict[str, Any]) -> str:
+    """The table, and whether the claim holds."""
+    rows = []
+    for model, of_model in figures["models"].items():
+        resident = of_model.get("resident_growth_bytes", {})
+        for schedule, peaks in of_model["peak_activation_bytes"].items():
+            checked = [_mebibytes(resident[schedule][blocks]) if resident else "-" for blocks in (DEPTHS[0], DEPTHS[-1])]
+            cells = [_mebibytes(peaks[blocks]) for blocks in DEPTHS]
+            rows.append([f"{model} {schedule}", *cells, f"{of_model['flatness_by_schedule'][schedule]:.3f}", *checked])
+    head = ["peak MiB of a step", *(f"{blocks} blocks" for blocks in DEPTHS), "max / min", *(f"resident {blocks}" for blocks in (4, 48))]
+    verdict = f"flatness {figures['flatness']:.3f} (claim: at most 1.10; {'holds' if figures['flatness'] <= 1.1 else 'falls short'})"
+    return "\n".join([table(head, rows), "", verdict, f"joint_growth {figures['joint_growth']:.1f}"])
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.2f}"
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of this process's /proc status."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main() -> int:
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--model", choices=(*MODELS, "both"), default="both", help="which pair (default both)")
+    arguments.add_argument("--resident", action=argparse.BooleanOptionalAction, help="measure the resident set too (default: in preset full)")
+    return run(measure, arguments, show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
