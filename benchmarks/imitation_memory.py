@@ -74,32 +74,31 @@ class LiveStorages(TorchDispatchMode):
         del self._followed[key]
 
 
-def ready(model: str, blocks: int, schedule: str, preset: str) -> tuple[Imitator, Phase, Flow]:
+def ready(pair: Pair, schedule: str) -> tuple[Imitator, Phase, Flow]:
     """An engine that has taken a first step, so that gradients exist, with the phase and batch of the next."""
-    pair = Pair(model, blocks, preset, STAGES)
     section = ImitateSection(schedule=SCHEDULES[schedule], batch_size=pair.batch_size)
     imitator = pair.imitator(section)
-    phase = phases(section, blocks, learns_stem=False)[-1]
+    phase = phases(section, len(imitator.units) - 1, learns_stem=False)[-1]
     imitator.begin(phase)
     batch = to_device(pair.stream().micro_batch(0, 0))
     imitator.step(phase, batch)
     return imitator, phase, batch
 
 
-def peak_bytes(model: str, blocks: int, schedule: str, preset: str) -> int:
+def peak_bytes(pair: Pair, schedule: str) -> int:
     """Most bytes at once of what a step makes."""
-    imitator, phase, batch = ready(model, blocks, schedule, preset)
+    imitator, phase, batch = ready(pair, schedule)
     with LiveStorages() as storages:
         losses = imitator.step(phase, batch)
-    if len(losses) != blocks:
-        raise RuntimeError(f"{len(losses)} losses of {blocks} blocks: the step did not train them all")
+    if len(losses) != len(imitator.units) - 1:
+        raise RuntimeError(f"{len(losses)} losses of {len(imitator.units) - 1} blocks: the step did not train them all")
     return storages.peak
 
 
 def resident_growth(model: str, blocks: int, schedule: str, preset: str, threads: int) -> int:
     """Bytes by which a step raises the peak resident set of this process over what it held before."""
     torch.set_num_threads(threads)
-    imitator, phase, batch = ready(model, blocks, schedule, preset)
+    imitator, phase, batch = ready(Pair(model, blocks, preset, STAGES), schedule)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
     before = _status("VmRSS")
     imitator.step(phase, batch)
@@ -115,7 +114,8 @@ def in_fresh_process(*arguments: Any) -> int:
 
 def measure_model(model: str, options: argparse.Namespace, resident: bool) -> dict[str, Any]:
     """The figures of one pair."""
-    peaks = {schedule: {blocks: peak_bytes(model, blocks, schedule, options.preset) for blocks in DEPTHS} for schedule in SCHEDULES}
+    pairs = {blocks: Pair(model, blocks, options.preset, STAGES) for blocks in DEPTHS}
+    peaks = {schedule: {blocks: peak_bytes(pairs[blocks], schedule) for blocks in DEPTHS} for schedule in SCHEDULES}
     by_schedule = {schedule: max(peak.values()) / min(peak.values()) for schedule, peak in peaks.items()}
     figures: dict[str, Any] = {
         "peak_activation_bytes": peaks,

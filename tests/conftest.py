@@ -35,3 +35,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> None:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said[-4000:]
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> None:
+    """This process as the only rank of a process group, which it keeps until it ends."""
+    from wtn_pretrain.parallel.launch import start_ranks
+
+    assert start_ranks().world_size == 1

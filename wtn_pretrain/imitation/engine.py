@@ -161,6 +161,9 @@ class Run:
             optimizer = self.imitator.optimizer(phase)
             if start and self.optimizer_state is not None:
                 optimizer.load_state_dict(self.optimizer_state)
+            if phase.cached and number and not start:
+                # this unit gives up the activations that the one below started from: no start may go back there
+                self._save(number, 0, optimizer)
             run = self._cached(phase, number, start) if phase.cached else self._from_the_bottom(phase, before, start)
             began = time.monotonic()
             for step, losses in enumerate(run, start=start):
@@ -168,7 +171,10 @@ class Run:
                 self.imitator.work.seconds += time.monotonic() - began
                 self._report(phase, before + step + 1, losses, rate)
                 done = step + 1
-                if (before + done) % self.every == 0 and before + done < self.total:
+                saving = (before + done) % self.every == 0 and before + done < self.total
+                if saving or done == phase.steps:
+                    self._require_finite(phase, before + done, losses)
+                if saving:
                     self._save(number, done, optimizer)
                 began = time.monotonic()
             self.imitator.work.seconds += time.monotonic() - began
@@ -253,13 +259,7 @@ class Run:
 
     def _report(self, phase: Phase, step: int, losses: list[Tensor], rate: float) -> None:
         if step % self.imitator.section.log_every == 0 or step == self.total:
-            values = torch.stack(losses).float().cpu()
-            if not bool(torch.isfinite(values).all()):
-                unit = phase.losses[int((~torch.isfinite(values)).nonzero()[0])]
-                name = "the stem" if unit == 0 else f"unit {unit}"
-                raise UserError(
-                    f"{self.stage}: the imitation loss of {name} is not finite at step {step}; lower narrow.optimizer.lr or narrow.clip"
-                )
+            values = self._require_finite(phase, step, losses)
             units: list[float | None] = [None] * len(self.imitator.units)
             for unit, value in zip(phase.losses, values.tolist(), strict=True):
                 units[unit] = value
@@ -268,6 +268,17 @@ class Run:
             )
         else:
             self.monitor.step(step, {"phase": phase.name}, samples=self.stream.batch_size)
+
+    def _require_finite(self, phase: Phase, step: int, losses: list[Tensor]) -> Tensor:
+        """The losses on the CPU, or a refusal that names the unit."""
+        values = torch.stack(losses).float().cpu()
+        if not bool(torch.isfinite(values).all()):
+            unit = phase.losses[int((~torch.isfinite(values)).nonzero()[0])]
+            name = "the stem" if unit == 0 else f"unit {unit}"
+            raise UserError(
+                f"{self.stage}: the imitation loss of {name} is not finite at step {step}; lower narrow.optimizer.lr or narrow.clip"
+            )
+        return values
 
     def _save(self, phase: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         path = self.folder / "checkpoint.pt"
