@@ -30,7 +30,7 @@ def parser(doc: str) -> Parser:
     """The options that every benchmark has; `doc` is the script's docstring."""
     made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
-    made.add_argument("--preset", choices=("ci", "full"), default="full", help="ci: tiny networks, seconds; full: what the results record (default)")
+    made.add_argument("--preset", choices=("ci", "full"), default="full", help="ci: tiny, seconds; full: as recorded (default)")
     made.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (default 1)")
     return made
 

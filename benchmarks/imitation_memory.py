@@ -38,6 +38,7 @@ from wtn_pretrain.imitation.schedules import Phase, phases
 from wtn_pretrain.imitation.units import Flow
 
 DEPTHS = (4, 12, 48)
+ENDS = (DEPTHS[0], DEPTHS[-1])
 SCHEDULES = {"parallel": "parallel", "student-fed": "hybrid", "joint": "joint"}
 """Name -> the schedule whose last phase it is."""
 FLAT = ("parallel", "student-fed")
@@ -76,7 +77,7 @@ class LiveStorages(TorchDispatchMode):
 
 def ready(pair: Pair, schedule: str) -> tuple[Imitator, Phase, Flow]:
     """An engine that has taken a first step, so that gradients exist, with the phase and batch of the next."""
-    section = ImitateSection(schedule=SCHEDULES[schedule], batch_size=pair.batch_size)
+    section = ImitateSection.model_validate({"schedule": SCHEDULES[schedule], "batch_size": pair.batch_size})
     imitator = pair.imitator(section)
     phase = phases(section, len(imitator.units) - 1, learns_stem=False)[-1]
     imitator.begin(phase)
@@ -121,11 +122,11 @@ def measure_model(model: str, options: argparse.Namespace, resident: bool) -> di
         "peak_activation_bytes": peaks,
         "flatness": max(by_schedule[schedule] for schedule in FLAT),
         "flatness_by_schedule": by_schedule,
-        "joint_growth": peaks["joint"][DEPTHS[-1]] / peaks["joint"][DEPTHS[0]],
+        "joint_growth": peaks["joint"][ENDS[1]] / peaks["joint"][ENDS[0]],
     }
     if resident:
         figures["resident_growth_bytes"] = {
-            schedule: {blocks: in_fresh_process(model, blocks, schedule, options.preset, options.threads) for blocks in (DEPTHS[0], DEPTHS[-1])}
+            schedule: {blocks: in_fresh_process(model, blocks, schedule, options.preset, options.threads) for blocks in ENDS}
             for schedule in SCHEDULES
         }
     return figures
@@ -152,10 +153,10 @@ def show(figures: dict[str, Any]) -> str:
     for model, of_model in figures["models"].items():
         resident = of_model.get("resident_growth_bytes", {})
         for schedule, peaks in of_model["peak_activation_bytes"].items():
-            checked = [_mebibytes(resident[schedule][blocks]) if resident else "-" for blocks in (DEPTHS[0], DEPTHS[-1])]
+            checked = [_mebibytes(resident[schedule][blocks]) if resident else "-" for blocks in ENDS]
             cells = [_mebibytes(peaks[blocks]) for blocks in DEPTHS]
             rows.append([f"{model} {schedule}", *cells, f"{of_model['flatness_by_schedule'][schedule]:.3f}", *checked])
-    head = ["peak MiB of a step", *(f"{blocks} blocks" for blocks in DEPTHS), "max / min", *(f"resident {blocks}" for blocks in (4, 48))]
+    head = ["peak MiB of a step", *(f"{blocks} blocks" for blocks in DEPTHS), "max / min", *(f"resident {blocks}" for blocks in ENDS)]
     verdict = f"flatness {figures['flatness']:.3f} (claim: at most 1.10; {'holds' if figures['flatness'] <= 1.1 else 'falls short'})"
     return "\n".join([table(head, rows), "", verdict, f"joint_growth {figures['joint_growth']:.1f}"])
 
@@ -175,7 +176,7 @@ def _status(field: str) -> int:
 def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--model", choices=(*MODELS, "both"), default="both", help="which pair (default both)")
-    arguments.add_argument("--resident", action=argparse.BooleanOptionalAction, help="measure the resident set too (default: in preset full)")
+    arguments.add_argument("--resident", action=argparse.BooleanOptionalAction, help="the resident set too (default: in preset full)")
     return run(measure, arguments, show)
 
 

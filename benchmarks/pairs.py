@@ -14,7 +14,7 @@ from wtn_pretrain.imitation.engine import Imitator
 from wtn_pretrain.imitation.pairing import pair
 from wtn_pretrain.imitation.units import make_units, start_from_teacher
 from wtn_pretrain.models import BertConfig, ResNetConfig
-from wtn_pretrain.models.base import BlockConfig, flops
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork, flops
 
 MODELS = ("bert", "resnet")
 INNER = 4.0
@@ -54,6 +54,7 @@ class Pair:
             self.thin = resnet(blocks, channels, side, resnet_stages)
             samples = {"pixels": torch.randn(SAMPLES, 3, side, side)}
         self.wide = self.thin.widen(INNER, 1.0, None)
+        self.pairing = pair(self.thin, self.wide)
         self.counts = flops(self.thin), flops(self.wide)
         self.dataset = InMemory(samples)
         self.teacher = self.wide.build().to(device())
@@ -68,7 +69,7 @@ class Pair:
         torch.manual_seed(1)
         thin = self.thin.build().to(device())
         thin.start_stem_from(self.teacher, None)
-        units = make_units(thin, self.teacher, pair(self.thin, self.wide), {}, section, self.counts)
+        units = make_units(thin, self.teacher, self.pairing, {}, section, self.counts)
         for unit in units[1:]:
             start_from_teacher(unit)
         return Imitator(units, section)
@@ -108,7 +109,7 @@ def _padding(length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _calibrate(teacher: nn.Module, batch: Batch) -> None:
+def _calibrate(teacher: BlockNetwork, batch: Batch) -> None:
     """Gives an untrained teacher's batch norms the statistics of data, without which activations grow from block to block."""
     norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, f"benchmarks/{script}.py", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def figures(script: str, folder: Path, *arguments: str) -> dict[str, Any]:
@@ -47,20 +47,17 @@ def test_cost_counts_the_analytic_teacher_work(tmp_path: Path) -> None:
 
 
 def test_memory_is_flat_in_depth(tmp_path: Path) -> None:
-    found = figures("imitation_memory", tmp_path)
+    found = figures("imitation_memory", tmp_path, "--model", "bert")
     assert found["flatness"] <= 1.10
     assert found["joint_growth"] > 6
     peaks = found["peak_activation_bytes"]
-    assert {schedule: list(peak) for schedule, peak in peaks.items()} == dict.fromkeys(("parallel", "student-fed", "joint"), ["4", "12", "48"])
+    assert list(peaks) == ["parallel", "student-fed", "joint"]
+    assert all(list(peak) == ["4", "12", "48"] for peak in peaks.values())
     assert peaks["parallel"]["48"] < peaks["joint"]["12"]
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments"),
-    [("imitation_cost", ["--steps", "0"]), ("imitation_cost", ["--blocks", "7", "--model", "resnet"]), ("imitation_memory", ["--json", "nowhere/x.json"])],
-)
-def test_a_wrong_argument_is_one_line(script: str, arguments: list[str]) -> None:
-    done = call(script, *arguments)
+def test_a_wrong_argument_is_one_line() -> None:
+    done = call("imitation_cost", "--blocks", "7", "--model", "resnet")
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{script}.py: ")
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("imitation_cost.py: --blocks 7: ")
     assert not done.stdout

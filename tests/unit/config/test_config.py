@@ -45,7 +45,10 @@ def test_a_resolved_recipe_reads_back_equal() -> None:
 
 def test_overrides_are_read_as_yaml_and_leave_the_tree_alone() -> None:
     tree = {"a": {"b": 1}}
-    assert override(tree, ["a.b=[1, 2]", "a.c=null", "d.e=1e-3", "d.f=text"]) == {"a": {"b": [1, 2], "c": None}, "d": {"e": "1e-3", "f": "text"}}
+    assert override(tree, ["a.b=[1, 2]", "a.c=null", "d.e=1e-3", "d.f=text"]) == {
+        "a": {"b": [1, 2], "c": None},
+        "d": {"e": "1e-3", "f": "text"},
+    }
     assert tree == {"a": {"b": 1}}
     assert validate(Recipe, override(TREE, ["wide.optimizer.lr=1e-3"])).wide.optimizer.lr == 1e-3
 
@@ -59,7 +62,9 @@ def test_unknown_keys_name_the_nearest_valid_one() -> None:
 
 
 def test_impossible_values_and_combinations_name_the_key() -> None:
-    assert refused("wide.batch_size=64", "wide.micro_batch_size=24").startswith("wide: batch_size 64 is not a multiple of micro_batch_size 24")
+    assert refused("wide.batch_size=64", "wide.micro_batch_size=24").startswith(
+        "wide: batch_size 64 is not a multiple of micro_batch_size 24"
+    )
     assert "task.kind mlm does not fit model.family resnet" in refused("task.kind=mlm")
     assert "narrow: feed teacher contradicts schedule joint" in refused("narrow.schedule=joint", "narrow.feed=teacher")
     assert "narrow.loss mobilebert is for encoder layers" in refused("narrow.loss=mobilebert")
@@ -79,7 +84,11 @@ def test_missing_keys_are_named() -> None:
 
 
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
-    for text, words in (("a: [", "not valid YAML"), ("- 1", "holds no sections"), ("a: !!python/object/apply:os.getcwd []", "not valid YAML")):
+    for text, words in (
+        ("a: [", "not valid YAML"),
+        ("- 1", "holds no sections"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ):
         path = tmp_path / "x.yaml"
         path.write_text(text)
         with pytest.raises(UserError, match=words):
@@ -98,7 +107,14 @@ def test_help_explains_every_key() -> None:
     assert len(keys) == len(meanings) > 80
     silent = [key for key, meaning in zip(keys, meanings, strict=True) if meaning.strip().startswith("[")]
     assert not silent, "every key has a sentence"
-    for key in ("model.hidden_size", "model.depths", "data.sequence_length", "data.flip", "narrow.mobilebert.hidden", "wide.schedule.warmup"):
+    for key in (
+        "model.hidden_size",
+        "model.depths",
+        "data.sequence_length",
+        "data.flip",
+        "narrow.mobilebert.hidden",
+        "wide.schedule.warmup",
+    ):
         assert any(line.startswith(f"  --{key}=") for line in keys), key
 
 

@@ -78,9 +78,7 @@ def test_mobilebert_ignores_padding() -> None:
     mine, theirs = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     mask = torch.tensor([[True, True, True, False]])
     masked = mobilebert(student, teacher, {"attention": mine}, {"attention": theirs}, MobileBertLoss(), mask)
-    cut = mobilebert(
-        student[:, :3], teacher[:, :3], {"attention": mine[..., :3, :3]}, {"attention": theirs[..., :3, :3]}, MobileBertLoss()
-    )
+    cut = mobilebert(student[:, :3], teacher[:, :3], {"attention": mine[..., :3, :3]}, {"attention": theirs[..., :3, :3]}, MobileBertLoss())
     torch.testing.assert_close(masked, cut)
 
 

@@ -108,7 +108,9 @@ def test_bert_merges_exactly(config: BertConfig, outer: float, kind: str, traine
     "config",
     [
         BertConfig(vocab_size=31, hidden_size=16, heads=2, layers=6, max_positions=12, norm="pre"),
-        ResNetConfig(block="basic", stem="cifar", stem_channels=8, channels=(8, 16), depths=(3, 3), image_channels=3, image_size=16, classes=5),
+        ResNetConfig(
+            block="basic", stem="cifar", stem_channels=8, channels=(8, 16), depths=(3, 3), image_channels=3, image_size=16, classes=5
+        ),
     ],
     ids=["bert", "resnet"],
 )
