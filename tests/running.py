@@ -107,11 +107,13 @@ def command(script: str, config: Path, *overrides: str, ranks: int = 1) -> list[
     return [launcher, "--num_accelerators", str(ranks), "--master_port", str(free_port()), *call]
 
 
-def start(script: str, config: Path, *overrides: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Runs a script to its end, in the folder of its configuration; the whole process group ends with the time allowed."""
+def start(
+    script: str, config: Path, *overrides: str, ranks: int = 1, timeout: float = 240, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script to its end, in the folder of its configuration unless told; the whole process group ends with the time allowed."""
     process = subprocess.Popen(
         command(script, config, *overrides, ranks=ranks),
-        cwd=config.parent,
+        cwd=cwd or config.parent,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -127,9 +129,11 @@ def start(script: str, config: Path, *overrides: str, ranks: int = 1, timeout: f
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def succeed(script: str, config: Path, *overrides: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def succeed(
+    script: str, config: Path, *overrides: str, ranks: int = 1, timeout: float = 240, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """`start`, which must exit with 0."""
-    done = start(script, config, *overrides, ranks=ranks, timeout=timeout)
+    done = start(script, config, *overrides, ranks=ranks, timeout=timeout, cwd=cwd)
     assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
 
@@ -143,6 +147,8 @@ def kill_at(script: str, config: Path, *overrides: str, stage: Path, step: int, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # who watches must come first where cores are few
+        preexec_fn=lambda: os.nice(5),
     )
     deadline = time.monotonic() + timeout
     try:
