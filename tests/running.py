@@ -88,7 +88,9 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """This environment without a launcher's marks, offline, one thread a rank, and with the tools beside this Python on the path."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     return {
         **kept,
         "OMP_NUM_THREADS": "1",

@@ -160,7 +160,9 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_follow_the_plain_loop(name: str, tmp_path: Path, reference: Reference, record_property: Callable[[str, object], None]) -> None:
+def test_two_ranks_follow_the_plain_loop(
+    name: str, tmp_path: Path, reference: Reference, record_property: Callable[[str, object], None]
+) -> None:
     case = CASES[name]
     expected = reference(recipe(case.base, case.changes))
     stage = two_rank_run(tmp_path, recipe(case.base, {**case.changes, **case.launch}))

@@ -68,7 +68,11 @@ CONFIGURATION: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]]
     "unknown family": (BERT, {"model.family": "vit"}, ("model", "'vit'", "'bert'")),
     "unknown preset": (BERT, {"model.preset": "bert-tyny"}, ("model.preset", "'bert-tyny'", "bert-tiny")),
     "unknown key": (BERT, {"wide.stepz": 3}, ("unknown key wide.stepz", "did you mean wide.steps?")),
-    "unknown key below": (BERT, {"wide.optimizer.learning_rate": 3}, ("unknown key wide.optimizer.learning_rate", "did you mean wide.optimizer.")),
+    "unknown key below": (
+        BERT,
+        {"wide.optimizer.learning_rate": 3},
+        ("unknown key wide.optimizer.learning_rate", "did you mean wide.optimizer."),
+    ),
     "unknown key of a model": (BERT, {"model.hidden": 3}, ("unknown key model.hidden", "did you mean model.hidden_size?")),
     "unknown section": (BERT, {"finetun": {"steps": 3}}, ("unknown key finetun", "did you mean finetune")),
     "precision misspelt": (BERT, {"wide.precision": "bf15"}, ("wide.precision", "'fp32' or 'bf16'")),
@@ -163,10 +167,18 @@ def test_no_configuration(tmp_path: Path, refused: Refused) -> None:
 TEXT: dict[str, tuple[bytes, str, tuple[str, ...]]] = {
     "empty": (b"", "some.txt", ("some.txt", "holds no text", "data.paths")),
     "blank": (b"\n \n\t\n", "some.txt", ("some.txt", "holds no text")),
-    "binary": (b"a few words\n" * 9 + b"\x7fELF\x00\x01" + bytes(range(256)), "some.txt", ("some.txt", "not a text file", "zero byte", "data.paths")),
+    "binary": (
+        b"a few words\n" * 9 + b"\x7fELF\x00\x01" + bytes(range(256)),
+        "some.txt",
+        ("some.txt", "not a text file", "zero byte", "data.paths"),
+    ),
     "another encoding": ("café au lait\n".encode("latin-1") * 50, "some.txt", ("some.txt", "not UTF-8", "convert")),
     "no gzip file": (b"a few words\n" * 50, "some.txt.gz", ("some.txt.gz", "cannot be read")),
-    "cut gzip file": (gzip.compress(np.random.default_rng(0).bytes(5000).hex().encode())[:-900], "some.txt.gz", ("some.txt.gz", "cannot be read")),
+    "cut gzip file": (
+        gzip.compress(np.random.default_rng(0).bytes(5000).hex().encode())[:-900],
+        "some.txt.gz",
+        ("some.txt.gz", "cannot be read"),
+    ),
     "too short": (b"a few words\n", "some.txt", ("too short",)),
 }
 
@@ -349,9 +361,7 @@ def test_damaged_record_of_a_run(refused: Refused, trained: Callable[[dict[str, 
 
 
 @pytest.mark.parametrize("damage", ["cut", "text"])
-def test_damaged_checkpoint_of_imitation(
-    damage: str, refused: Refused, trained: Callable[[dict[str, Any]], Path], tmp_path: Path
-) -> None:
+def test_damaged_checkpoint_of_imitation(damage: str, refused: Refused, trained: Callable[[dict[str, Any]], Path], tmp_path: Path) -> None:
     shutil.copytree(trained(recipe(RESNET)), tmp_path / "runs" / "resnet" / "wide")
     checkpoint = tmp_path / "runs" / "resnet" / "narrow" / "checkpoint.pt"
     checkpoint.parent.mkdir()

@@ -43,9 +43,7 @@ NARROW = {
     "bottom_up, frozen": Case(BERT, {**BOTTOM_UP, "narrow.steps": 20}, (22, 42), every=13),
     # fewer stored batches than steps: targets come from disk in the second turn
     "bottom_up, stored twice": Case(BERT, {**BOTTOM_UP, "narrow.steps": 20, "narrow.cache_batches": 8}, (42,), every=13),
-    "bottom_up, outer widening": Case(
-        RESNET, {**BOTTOM_UP, "widen": {"inner": 1, "outer": 2}, "narrow.steps": 15}, (17, 32), every=11
-    ),
+    "bottom_up, outer widening": Case(RESNET, {**BOTTOM_UP, "widen": {"inner": 1, "outer": 2}, "narrow.steps": 15}, (17, 32), every=11),
     "bottom_up, slow below": Case(RESNET, {**BOTTOM_UP, "narrow.below": "slow", "narrow.steps": 20}, (23,)),
 }
 FINETUNE = {
@@ -125,7 +123,9 @@ def test_wide_on_two_ranks_with_zero_2(tmp_path: Path) -> None:
 
 
 def test_the_whole_method_killed_in_every_stage(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {f"{stage}.{key}": value for stage in ("wide", "narrow", "finetune") for key, value in (("steps", 50), ("checkpoint_every", 5))}
+    changes: dict[str, Any] = {
+        f"{stage}.{key}": value for stage in ("wide", "narrow", "finetune") for key, value in (("steps", 50), ("checkpoint_every", 5))
+    }
     config = write_recipe(tmp_path / "recipe.yaml", recipe(RESNET, {**changes, "export.formats": []}))
     runs = tmp_path / "runs"
     succeed("run.py", config, f"--run.name={ALONE}")

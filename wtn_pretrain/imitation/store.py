@@ -18,6 +18,8 @@ class Layout(TypedDict):
     """One tensor of a carry on disk."""
 
     shape: list[int]
+    order: list[int]
+    """Axes from the slowest to the fastest in memory: channels-last maps come back as such, and run as fast."""
     dtype: str
 
 
@@ -65,14 +67,18 @@ class ActivationStore:
                 f"{free / 2**30:.1f} GiB are free; set narrow.cache_batches lower, "
                 "use narrow.schedule=hybrid, which stores none, or free the disk"
             )
-        layout: list[Layout] = [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in tensors]
+        layout: list[Layout] = [
+            {"shape": list(tensor.shape), "order": list(tensor.dim_order()), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for tensor in tensors
+        ]
         self._open(layout)
         write_text(self.folder / "layout.json", json.dumps(layout))
 
     def _open(self, layout: list[Layout]) -> None:
         self._files = []
         for number, field in enumerate(layout):
-            shape = [self.batches, *field["shape"]]
-            dtype = getattr(torch, field["dtype"])
-            file = torch.from_file(str(self.folder / f"{number}.bin"), shared=True, size=math.prod(shape), dtype=dtype)
-            self._files.append(file.view(shape))
+            shape, order = field["shape"], field["order"]
+            size = self.batches * math.prod(shape)
+            file = torch.from_file(str(self.folder / f"{number}.bin"), shared=True, size=size, dtype=getattr(torch, field["dtype"]))
+            stored = file.view(self.batches, *(shape[axis] for axis in order))
+            self._files.append(stored.permute(0, *(1 + order.index(axis) for axis in range(len(order)))))

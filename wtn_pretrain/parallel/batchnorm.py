@@ -1,9 +1,26 @@
 """Batch norm over the whole micro-batch of all ranks, on any device (torch's own needs an accelerator)."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; every rank's loss depends on it, so its gradient is summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -17,9 +34,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum(dim=(0, 2, 3))) / count
+        mean = _SumOverRanks.apply(x.sum(dim=(0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        variance = _SumOverRanks.apply(centred.square().sum(dim=(0, 2, 3))) / count
         # torch types them as optional, for norms without statistics, which these networks do not use
         tracked, running_mean, running_var, momentum = self.num_batches_tracked, self.running_mean, self.running_var, self.momentum
         if tracked is None or running_mean is None or running_var is None or momentum is None:

@@ -1,10 +1,13 @@
 """How a process finds its place among the ranks, whatever started it: `deepspeed`, `torchrun` or plain `python`."""
 
+import contextlib
 import os
 import socket
+import time
 from typing import NamedTuple
 
 import torch
+import torch.distributed
 
 
 class Place(NamedTuple):
@@ -38,12 +41,45 @@ def start_ranks() -> Place:
     return Place(dist.get_rank(), dist.get_world_size())
 
 
-def stop_ranks() -> None:
-    """Leaves the process group, if this process is in one."""
-    import torch.distributed
+def first_to_fail() -> bool:
+    """Marks that this rank gives up over a user's mistake; whether it is the first, which says why."""
+    if not _together():
+        return os.environ.get("RANK", "0") == "0"
+    return _store().add("failed", 1) == 1
 
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+
+def another_failed() -> bool:
+    """Whether a rank has given up over a user's mistake."""
+    if not _together():
+        return False
+    try:
+        return _store().add("failed", 0) > 0
+    except torch.distributed.DistError:
+        return False
+
+
+def stop_ranks() -> None:
+    """Leaves the process group, if this process is in one. After a mistake rank 0 stays until all have seen that there was one."""
+    if not torch.distributed.is_initialized():
+        return
+    failed, store = another_failed(), _store()
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.distributed.destroy_process_group()
+    if failed:
+        with contextlib.suppress(torch.distributed.DistError):
+            store.add("left", 1)
+            deadline = time.monotonic() + 5
+            # the store lives in rank 0's process
+            while rank == 0 and store.add("left", 0) < ranks and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+
+def _together() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _store() -> torch.distributed.Store:
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def _free_port() -> int:

@@ -41,9 +41,9 @@ def test_cost_counts_the_analytic_teacher_work(tmp_path: Path) -> None:
             assert arms[arm]["teacher_flops_ratio"] == pytest.approx(model["analytic_ratio"], rel=1e-12)
             assert arms[arm]["student_flops"] == arms["naive"]["student_flops"]
             # the same job: equal but for round-off
-            assert arms[arm]["weight_difference"] < 1e-3
+            assert arms[arm]["weight_difference"] < 1e-2
         # student-fed blocks see other inputs: the comparison of weights is able to tell
-        assert arms["bottom_up, student-fed"]["weight_difference"] > 1e-2
+        assert arms["bottom_up, student-fed"]["weight_difference"] > 0.1
 
 
 def test_memory_is_flat_in_depth(tmp_path: Path) -> None:
