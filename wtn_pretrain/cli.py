@@ -1,6 +1,5 @@
 """The command line that all entry scripts share: `--config FILE`, `--section.key=value`, one line for a mistake."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -42,7 +41,6 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Reads the recipe, starts the ranks, does `work` and exits: 0, or 2 with one line on standard error for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
-    rank = int(os.environ.get("RANK", "0"))
     code = 0
     try:
         if any(argument in ("-h", "--help") for argument in argv):
@@ -59,13 +57,22 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
 
         work(Stages(recipe, start_ranks()))
     except UserError as error:
-        # every rank meets the same mistake; one of them says it
-        if rank == 0:
+        from wtn_pretrain.parallel.launch import first_to_fail
+
+        # most mistakes are met by every rank, and some by one alone: the first says it
+        if first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         code = USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
         code = 130
+    except Exception:
+        from wtn_pretrain.parallel.launch import another_failed
+
+        # who waits for a rank that has given up sees a broken connection
+        if not another_failed():
+            raise
+        code = USAGE_ERROR
     from wtn_pretrain.parallel.launch import stop_ranks
 
     stop_ranks()

@@ -40,7 +40,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"configuration {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(
+            f"configuration {path}{where}: not valid YAML ({' '.join(str(getattr(error, 'problem', error)).split())})"
+        ) from None
     if not isinstance(tree, dict):
         raise UserError(f"configuration {path}: holds no sections; see configs/ for examples")
     return tree

@@ -19,7 +19,7 @@ from wtn_pretrain.device import device, to_device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
 from wtn_pretrain.folder import RunFolder
-from wtn_pretrain.imitation.bridges import make_bridges
+from wtn_pretrain.imitation.bridges import bridge_kinds, make_bridges
 from wtn_pretrain.imitation.engine import Imitator, Run
 from wtn_pretrain.imitation.pairing import pair
 from wtn_pretrain.imitation.schedules import phases
@@ -58,6 +58,9 @@ class Stages:
         self.thin = self.task.complete(recipe.model)
         self.wide_shape = self.task.complete(recipe.wide_model())
         self.pairing = pair(self.thin, self.wide_shape, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
+        with torch.device("meta"):
+            # refused before the wide network is trained, not after
+            bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
 
     def seed_folder(self, stage: str, seed: int | None) -> Path:
         """The folder of a stage: the first seed's stands in the run's own, further ones below `seed-N`."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
@@ -68,6 +69,7 @@ class ClassifyTask(Task):
         BitImageProcessorPil(
             size={"shortest_edge": round(size / self.data.crop_fraction)},
             crop_size={"height": size, "width": size},
+            resample=Image.Resampling.BILINEAR,
             image_mean=list(self.splits.mean),
             image_std=list(self.splits.std),
             do_convert_rgb=self.splits.channels == 3,
