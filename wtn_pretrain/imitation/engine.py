@@ -276,7 +276,8 @@ class Run:
             unit = phase.losses[int((~torch.isfinite(values)).nonzero()[0])]
             name = "the stem" if unit == 0 else f"unit {unit}"
             raise UserError(
-                f"{self.stage}: the imitation loss of {name} is not finite at step {step}; lower narrow.optimizer.lr or narrow.clip"
+                f"{self.stage}: the imitation loss of {name} is not finite at step {step}; "
+                "lower narrow.optimizer.lr or narrow.clip under another --run.name"
             )
         return values
 
@@ -290,7 +291,10 @@ class Run:
             "work": vars(self.imitator.work),
         }
         try:
-            torch.save(state, path.with_suffix(".tmp"))
+            with path.with_suffix(".tmp").open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(path.with_suffix(".tmp"), path)
         except (OSError, RuntimeError) as error:
             raise UserError(

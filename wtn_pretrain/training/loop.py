@@ -103,7 +103,10 @@ def _require_finite(loss: Tensor, stage: str, step: int, checkpoints: Path) -> N
         kept = (
             f"the checkpoint before it is kept in {checkpoints}" if (checkpoints / "latest").exists() else "no checkpoint was written yet"
         )
-        raise UserError(f"{stage}: the loss is {float(loss)} at step {step}; lower {stage}.optimizer.lr or {stage}.clip ({kept})")
+        raise UserError(
+            f"{stage}: the loss is {float(loss)} at step {step}; "
+            f"lower {stage}.optimizer.lr or {stage}.clip under another --run.name ({kept})"
+        )
 
 
 def _evaluate(engine: Any, task: Task, place: Place, batch_size: int = 256) -> dict[str, float]:
