@@ -1,7 +1,8 @@
 """The run's folder: its configuration, one folder a stage, and what says that a stage is done."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def claim(self, config: str) -> None:
-        """Makes the folder this configuration's own, or refuses if it holds another run's."""
+    def check(self, config: str) -> None:
+        """Refuses if the folder holds a run that this configuration would not continue."""
         existing = self.path / "config.yaml"
         if existing.exists():
-            old, new = read_yaml(existing), yaml.safe_load(config)
-            difference = next(_differences(old, new), None)
+            difference = next(_differences(read_yaml(existing), yaml.safe_load(config)), None)
             if difference:
                 raise UserError(
                     f"{self.path}: holds a run with another configuration ({difference}); choose another --run.name or remove the folder"
                 )
-        else:
+
+    def claim(self, config: str) -> None:
+        """Makes the folder this configuration's own, once everything in it has been found to fit."""
+        existing = self.path / "config.yaml"
+        if not existing.exists() or existing.read_text(encoding="utf-8") != config:
             write_text(existing, config)
 
     def stage(self, name: str, seed: int | None = None) -> Path:
@@ -56,14 +60,17 @@ class RunFolder:
         return self.result(stage) or run()
 
 
-# how a run looks and saves may change from one start to the next; what it computes may not
-_FREE = ("log_every", "checkpoint_every")
+# where a run lies, how it looks, saves and is exported may change from one start to the next; what it computes may not
+_FREE = re.compile(r"run\.folder|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every)")
 
 
-def _differences(old: Any, new: Any, path: str = "") -> Any:
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if _FREE.fullmatch(path):
+        return
+    if path == "compare.seeds" and isinstance(old, list) and isinstance(new, list) and new[: len(old)] == old:
+        return  # more seeds are more work, not other work
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            if key not in _FREE:
-                yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
         yield f"{path} was {json.dumps(old)} and is now {json.dumps(new)}"

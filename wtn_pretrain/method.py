@@ -23,9 +23,10 @@ from wtn_pretrain.tasks.base import evaluate
 from wtn_pretrain.training.monitor import say
 
 
-def run_method(stages: Stages) -> Summary | None:
-    """Wide, then for every seed narrow, finetune and scratch; export of the first seed's network; summary and report on rank 0."""
+def run_method(stages: Stages) -> Summary:
+    """Wide, then for every seed narrow, finetune and scratch; export of the first seed's network; summary and report."""
     recipe = stages.recipe
+    stages.require_one_process()
     wide = stages.wide()
     narrow, finetune, scratch = [], [], []
     for seed in recipe.compare.seeds:
@@ -33,8 +34,6 @@ def run_method(stages: Stages) -> Summary | None:
         finetune.append(stages.finetune(seed))
         if recipe.compare.scratch:
             scratch.append(stages.scratch(seed))
-    if stages.place.rank:
-        return None
     thin = load_network(stages.seed_folder("finetune", recipe.compare.seeds[0]))
     say("exporting " + ", ".join(recipe.export.formats))
     written = export(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export.tolerance)
@@ -99,7 +98,7 @@ def _shape(stages: Stages, config: BlockConfig) -> dict[str, Any]:
             network(probe, **stages.task.positions(probe))
 
     latency = measure_latency(call, repeats=50, warmup=5)
-    return {"parameters": parameter_count(network), "flops": stages.task.forward_flops(config), "latency_ms": latency["p50_ms"]}
+    return {"parameters": parameter_count(network), "flops": stages.task.forward_flops(config).total, "latency_ms": latency["p50_ms"]}
 
 
 def _first() -> Any:

@@ -24,7 +24,7 @@ from wtn_pretrain.imitation.engine import Imitator, Run
 from wtn_pretrain.imitation.pairing import pair
 from wtn_pretrain.imitation.schedules import phases
 from wtn_pretrain.imitation.units import make_units, start_from_teacher
-from wtn_pretrain.models.base import BlockConfig, BlockNetwork, flops
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.store import load_network, load_shape, save_network
 from wtn_pretrain.parallel.launch import Place
@@ -52,8 +52,7 @@ class Stages:
         self.recipe, self.place = recipe, place
         check_writable(recipe.place())
         self.folder = RunFolder(recipe.place())
-        if place.rank == 0:
-            self.folder.claim(dump_yaml(recipe))
+        self.folder.check(dump_yaml(recipe))
         self.task = open_task(recipe, self.folder.path / "data")
         self.thin = self.task.complete(recipe.model)
         self.wide_shape = self.task.complete(recipe.wide_model())
@@ -61,10 +60,20 @@ class Stages:
         with torch.device("meta"):
             # refused before the wide network is trained, not after
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
+        if place.rank == 0:
+            self.folder.claim(dump_yaml(recipe))
 
     def seed_folder(self, stage: str, seed: int | None) -> Path:
         """The folder of a stage: the first seed's stands in the run's own, further ones below `seed-N`."""
         return self.folder.stage(stage, None if seed == self.recipe.compare.seeds[0] else seed)
+
+    def require_one_process(self) -> None:
+        """Refuses to go on if this run has several ranks."""
+        if self.place.world_size > 1:
+            raise UserError(
+                f"narrow: imitation runs on one process, and this run has {self.place.world_size}; start scripts/train_wide.py and "
+                "scripts/finetune.py on several ranks, and scripts/imitate.py with python"
+            )
 
     def wide(self) -> dict[str, Any]:
         """Stage 1: the wide network, trained to convergence."""
@@ -100,7 +109,7 @@ class Stages:
         torch.manual_seed(init)
         network = start() if start else shape.build()
         trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place)
-        forward = self.task.forward_flops(shape)
+        forward = self.task.forward_flops(shape).total
         result = {
             **trained.score,
             "steps": section.steps,
@@ -115,10 +124,7 @@ class Stages:
 
     def _narrow(self, folder: Path, seed: int) -> dict[str, Any]:
         section = self.recipe.narrow
-        if self.place.world_size > 1:
-            raise UserError(
-                f"narrow: imitation runs on one process, and this run has {self.place.world_size}; start it with python, or one rank"
-            )
+        self.require_one_process()
         wide = self._teacher().to(device()).requires_grad_(False)
         torch.manual_seed(seed)
         thin = self.thin.build().to(device())
@@ -127,7 +133,8 @@ class Stages:
         bridges = make_bridges(thin, wide, self.pairing, section.bridge, sample)
         entry = bridges.get(0)
         thin.start_stem_from(wide, entry.reduce().detach() if entry else None)
-        units = make_units(thin, wide, self.pairing, bridges, section, (flops(self.thin), flops(self.wide_shape)))
+        counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide_shape)
+        units = make_units(thin, wide, self.pairing, bridges, section, counts)
         if section.init == "matching":
             for unit in units[1:]:
                 start_from_teacher(unit)

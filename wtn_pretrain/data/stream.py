@@ -115,10 +115,13 @@ class BatchStream:
         return self._orders[epoch]
 
 
-def batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
-    """The whole dataset in order for evaluation, the last batch short. A sample's seed depends on its index only, so masks are
-    the same each time; augmentation is a property of the set and off in a validation set."""
-    for first in range(0, len(dataset), batch_size):
+def batches(dataset: Dataset, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """The dataset in order for evaluation, the last batch short; of several ranks, each fetches every n-th batch.
+
+    A sample's seed depends on its index only, so masks are the same each time; augmentation is a property of the set and off in a
+    validation set.
+    """
+    for first in range(rank * batch_size, len(dataset), batch_size * world_size):
         indices = np.arange(first, min(first + batch_size, len(dataset)), dtype=np.int64)
         yield dataset.fetch(indices, hash_keys(0, indices))
 

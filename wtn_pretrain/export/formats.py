@@ -95,7 +95,8 @@ def open_onnx(folder: Path) -> Callable[[Inputs], Tensor]:
 @contextlib.contextmanager
 def _quiet():  # type: ignore[no-untyped-def]
     """Exporters draw bars, report their progress on standard output and warn of their own deprecations."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

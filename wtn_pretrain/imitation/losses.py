@@ -26,7 +26,10 @@ def energy_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
 def mobilebert(
     student: Tensor, teacher: Tensor, student_taps: Taps, teacher_taps: Taps, weights: MobileBertLoss, mask: Tensor | None = None
 ) -> Tensor:
-    """MobileBERT's per-layer loss, weighted sum of four terms; hidden states [B, S, D], attention scores [B, H, S, S]."""
+    """MobileBERT's per-layer loss, weighted sum of four terms; hidden states [B, S, D], attention scores [B, H, S, S].
+
+    Its division by the layer's number, which balances a sum over layers, is left out: units learn from their own losses.
+    """
     student, teacher = student.float(), teacher.float()
     width = teacher.shape[-1:]
     hidden = (F.layer_norm(student, width) - F.layer_norm(teacher, width)).square().mean(-1)

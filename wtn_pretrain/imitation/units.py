@@ -142,11 +142,13 @@ def make_units(
 
 @torch.no_grad()
 def start_from_teacher(unit: Unit) -> None:
-    """Copies every tensor of the teacher that the student has under the same name and shape."""
-    if len(unit.student) != len(unit._teacher):
-        return
-    for student, teacher in zip(unit.student, unit._teacher, strict=True):
-        theirs = teacher.state_dict()
+    """Copies every tensor of the teacher that the student has under the same name and shape.
+
+    Where a teacher unit is longer, each student block takes from the teacher block that ends at its share of the unit.
+    """
+    ratio = len(unit._teacher) / len(unit.student)
+    for position, student in enumerate(unit.student):
+        theirs = unit._teacher[round((position + 1) * ratio) - 1].state_dict()
         for name, mine in student.state_dict().items():
             if name in theirs and theirs[name].shape == mine.shape:
                 mine.copy_(theirs[name])

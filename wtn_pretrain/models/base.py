@@ -53,8 +53,8 @@ class BlockConfig(Section, ABC):
         """A freshly initialised network of this shape."""
 
     @abstractmethod
-    def example_inputs(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Inputs of the right shape and dtype (zeros), for counting and shape checks."""
+    def example_inputs(self, batch: int, device: torch.device | str, length: int | None = None) -> dict[str, Tensor]:
+        """Inputs of the right shape and dtype (zeros), for counting and shape checks; `length` of sequences, None: the longest."""
 
     dynamic_axes: ClassVar[dict[str, dict[int, str]]]
     """For every input of an exported network, the axes whose size is free, by name."""
@@ -172,20 +172,21 @@ class Flops(NamedTuple):
         return self.stem + sum(self.blocks) + self.head
 
 
-def flops(config: BlockConfig, batch: int = 1, **head: Any) -> Flops:
-    """FLOPs of a forward pass of one sample (of `batch`, averaged), counted by torch on meta tensors: nothing is computed.
+def flops(config: BlockConfig, length: int | None = None, **head: Any) -> Flops:
+    """FLOPs of a forward pass of one sample, counted by torch on meta tensors: nothing is computed.
 
-    Matrix products, convolutions and attention are counted; norms and activations are not.
+    Matrix products, convolutions and attention are counted; norms and activations are not. `length` is that of a sequence
+    (None: the longest), `head` goes to the head, such as the positions to predict [1, P].
     """
     with torch.device("meta"), torch.no_grad():
         network = config.build().eval()
-        carry, stem = _counted(lambda: network.stem(config.example_inputs(batch, "meta")))
+        carry, stem = _counted(lambda: network.stem(config.example_inputs(1, "meta", length)))
         blocks = []
         for block in network.blocks:
             carry, count = _counted(partial(block, carry))
-            blocks.append(count // batch)
+            blocks.append(count)
         _, top = _counted(lambda: network.head(carry, **head))
-    return Flops(stem // batch, tuple(blocks), top // batch)
+    return Flops(stem, tuple(blocks), top)
 
 
 def boundary_shapes(config: BlockConfig) -> list[tuple[int, ...]]:

@@ -33,6 +33,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """[B, C, Y, X] to [B, C, Y, X]."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
+        # statistics in single precision, as torch's own batch norm keeps them under autocast
+        dtype, x = x.dtype, x.float()
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _SumOverRanks.apply(x.sum(dim=(0, 2, 3))) / count
         centred = x - mean[:, None, None]
@@ -46,7 +48,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(variance * (count / (count - 1)), momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:

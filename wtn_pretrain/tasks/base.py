@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wtn_pretrain.data.stream import Dataset
-from wtn_pretrain.models.base import BlockConfig, BlockNetwork
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops
 
 
 class Metric(NamedTuple):
@@ -45,8 +45,8 @@ class Task(ABC):
         """What the head is told beside the carry."""
 
     @abstractmethod
-    def forward_flops(self, config: BlockConfig) -> int:
-        """FLOPs of a forward pass of one training sample through a network of this shape."""
+    def forward_flops(self, config: BlockConfig) -> Flops:
+        """FLOPs of a forward pass of one training sample through a network of this shape, by part."""
 
     @abstractmethod
     def probes(self) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from wtn_pretrain.config import Section
 from wtn_pretrain.data.images import ImageData, open_images
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.models.base import BlockConfig, BlockNetwork, flops
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.resnet.config import ResNetConfig
 from wtn_pretrain.tasks.base import Metric, Task, classified
 
@@ -75,5 +75,5 @@ class ClassifyTask(Task):
             do_convert_rgb=self.splits.channels == 3,
         ).save_pretrained(folder)
 
-    def forward_flops(self, config: BlockConfig) -> int:
-        return flops(config).total
+    def forward_flops(self, config: BlockConfig) -> Flops:
+        return flops(config)

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wtn_pretrain.config import Section
-from wtn_pretrain.data.masking import MaskedText, Masker
+from wtn_pretrain.data.masking import IGNORED, MaskedText, Masker
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.data.text import TextData, open_text
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.models.base import BlockConfig, BlockNetwork, flops
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.tasks.base import Metric, Task, classified
 
@@ -65,7 +65,9 @@ class MlmTask(Task):
     def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         carry = network.features(batch)
         logits = network.head(carry, batch["positions"])
-        masked = F.cross_entropy(logits.flatten(0, 1).float(), batch["targets"].flatten())
+        targets = batch["targets"].flatten()
+        # whole words may leave a batch without a single target: a loss of zero then, not zero by zero
+        masked = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum") / (targets != IGNORED).sum().clamp_min(1)
         if "pair_label" not in batch:
             return {"loss": masked}
         pair = F.cross_entropy(network.head.pair_logits(carry).float(), batch["pair_label"])
@@ -91,6 +93,6 @@ class MlmTask(Task):
     def save_preprocessing(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
-    def forward_flops(self, config: BlockConfig) -> int:
+    def forward_flops(self, config: BlockConfig) -> Flops:
         positions = torch.zeros(1, self.predictions, dtype=torch.long, device="meta")
-        return flops(config.model_copy(update={"max_positions": self.length}), positions=positions).total
+        return flops(config, self.length, positions=positions)

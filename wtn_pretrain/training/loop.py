@@ -1,10 +1,10 @@
 """The training loop of stages 1 and 3."""
 
-import itertools
+import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.device import device, to_device
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.tasks.base import Task, TaskModule
@@ -22,6 +23,9 @@ from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.engine import gathered_state, start_engine
 from wtn_pretrain.training.monitor import Monitor
 from wtn_pretrain.training.schedules import scale
+
+WRITTEN_BY = "layout.json"
+"""Beside the checkpoints: by how many ranks and under which ZeRO stage they were written, since DeepSpeed resumes under the same only."""
 
 
 class Trained(NamedTuple):
@@ -54,7 +58,7 @@ def train(network: BlockNetwork, task: Task, section: TrainSection, *, stage: st
     module = TaskModule(network, task).to(device())
     engine = start_engine(module, section, stage, place.world_size, stream.accumulation)
     checkpoints = folder / "checkpoints"
-    start, spent = _resume(engine, checkpoints)
+    start, spent = _resume(engine, checkpoints, stage, place)
     every = section.checkpoint_every or max(1, section.steps // 10)
     monitor = Monitor(folder, stage, section.steps, start=start, log_every=section.log_every, rank=place.rank)
     began = time.monotonic()
@@ -114,10 +118,15 @@ def _evaluate(engine: Any, task: Task, place: Place, batch_size: int = 256) -> d
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
-        for turn in _turns(batches(task.valid, batch_size), place.world_size):
-            owned = place.rank < len(turn)
-            tally = engine(to_device(turn[place.rank] if owned else turn[0]), measure=True)
-            if owned:
+        rounds = math.ceil(math.ceil(len(task.valid) / batch_size) / place.world_size)
+        mine = batches(task.valid, batch_size, place.rank, place.world_size)
+        batch: dict[str, Tensor] | None = None
+        for _ in range(rounds):
+            own = next(mine, None)
+            # a rank that has run out repeats a batch and counts it for nothing
+            batch = own or batch or next(batches(task.valid, batch_size))
+            tally = engine(to_device(batch), measure=True)
+            if own is not None:
                 sums += torch.stack([tally[name].double().cpu() for name in ("loss", "right", "count")])
     engine.train()
     if place.world_size > 1:
@@ -127,13 +136,9 @@ def _evaluate(engine: Any, task: Task, place: Place, batch_size: int = 256) -> d
     return task.score(dict(zip(("loss", "right", "count"), sums.tolist(), strict=True)))
 
 
-def _turns(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    items = iter(items)
-    while turn := list(itertools.islice(items, size)):
-        yield turn
-
-
 def _save(engine: Any, checkpoints: Path, step: int, seconds: float, place: Place) -> None:
+    if place.rank == 0:
+        write_text(checkpoints / WRITTEN_BY, json.dumps({"ranks": place.world_size, "zero": engine.zero_optimization_stage()}))
     try:
         engine.save_checkpoint(str(checkpoints), tag=f"step{step}", client_state={"step": step, "seconds": seconds})
     except OSError as error:
@@ -146,8 +151,20 @@ def _save(engine: Any, checkpoints: Path, step: int, seconds: float, place: Plac
             shutil.rmtree(path)
 
 
-def _resume(engine: Any, checkpoints: Path) -> tuple[int, float]:
+def _resume(engine: Any, checkpoints: Path, stage: str, place: Place) -> tuple[int, float]:
     if not (checkpoints / "latest").exists():
         return 0, 0.0
-    _, client = engine.load_checkpoint(str(checkpoints))
-    return int(client["step"]), float(client["seconds"])
+    now = {"ranks": place.world_size, "zero": engine.zero_optimization_stage()}
+    try:
+        then = json.loads((checkpoints / WRITTEN_BY).read_text(encoding="utf-8"))
+        if then == now:
+            _, client = engine.load_checkpoint(str(checkpoints))
+            return int(client["step"]), float(client["seconds"])
+    except Exception as error:  # DeepSpeed and torch raise many kinds for a damaged file
+        raise UserError(
+            f"{checkpoints}: the newest checkpoint cannot be read ({type(error).__name__}); remove the folder to start {stage} again"
+        ) from None
+    raise UserError(
+        f"{checkpoints}: written by {then['ranks']} ranks under ZeRO {then['zero']}, and this run has {now['ranks']} under "
+        f"ZeRO {now['zero']}; start it as before, or remove the folder to start {stage} again"
+    )

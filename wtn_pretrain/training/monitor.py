@@ -47,7 +47,9 @@ class Monitor:
         if not self._active:
             return
         self._stage, self._steps, self._log_every = stage, steps, log_every
-        self._title = title or stage
+        # of several seeds, the further ones run in folders of their own
+        seed = Path(folder).parent.name
+        self._title = title or (f"{stage} {seed}" if seed.startswith("seed-") else stage)
         self._step = self._start = start
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

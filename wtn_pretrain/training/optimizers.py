@@ -13,6 +13,7 @@ from wtn_pretrain.training.config import OptimizerSection
 class Lamb(Optimizer):
     """LAMB (You et al. 2020, algorithm 2): Adam's direction, scaled layer by layer to the norm of the weights.
 
+    Groups without weight decay (biases, norms) are not scaled, as in the authors' code.
     Needs whole layers: the trust ratio of a partition is another number, so it must not run under ZeRO 1 and above.
     """
 
@@ -36,7 +37,8 @@ class Lamb(Optimizer):
                 update = mean / (1 - first ** state["step"]) / ((square / (1 - second ** state["step"])).sqrt() + group["eps"])
                 if group["weight_decay"]:
                     update += group["weight_decay"] * parameter
-                parameter.sub_(_trust_ratio(parameter, update) * update, alpha=group["lr"])
+                    update *= _trust_ratio(parameter, update)
+                parameter.sub_(update, alpha=group["lr"])
         return loss
 
 

@@ -34,7 +34,7 @@ def lamb(x: np.ndarray, gradients: np.ndarray, section: OptimizerSection, decay:
         m = section.betas[0] * m + (1 - section.betas[0]) * g
         v = section.betas[1] * v + (1 - section.betas[1]) * g**2
         update = (m / (1 - section.betas[0] ** step)) / (np.sqrt(v / (1 - section.betas[1] ** step)) + section.eps) + decay * x
-        x = x - section.lr * np.linalg.norm(x) / np.linalg.norm(update) * update
+        x = x - section.lr * (np.linalg.norm(x) / np.linalg.norm(update) if decay else 1.0) * update
         path.append(x)
     return path
 
@@ -65,7 +65,7 @@ def test_lamb_of_zero_weights_moves() -> None:
     layer = torch.nn.Linear(3, 3, bias=False)
     torch.nn.init.zeros_(layer.weight)
     layer.weight.grad = torch.ones(3, 3)
-    make_optimizer(OptimizerSection(name="lamb", lr=0.1), [{"params": list(layer.parameters())}]).step()
+    make_optimizer(OptimizerSection(name="lamb", lr=0.1), [{"params": list(layer.parameters()), "weight_decay": 0.01}]).step()
     assert torch.isfinite(layer.weight).all()
     assert (layer.weight < 0).all()
 

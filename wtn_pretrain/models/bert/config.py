@@ -99,9 +99,8 @@ class BertConfig(BlockConfig):
 
         return BertNetwork(self)
 
-    def example_inputs(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
-        length = min(128, self.max_positions)
-        return {"input_ids": torch.zeros(batch, length, dtype=torch.long, device=device)}
+    def example_inputs(self, batch: int, device: torch.device | str, length: int | None = None) -> dict[str, Tensor]:
+        return {"input_ids": torch.zeros(batch, length or self.max_positions, dtype=torch.long, device=device)}
 
 
 def _shape(layers: int, hidden: int, heads: int) -> dict[str, object]:

@@ -87,7 +87,7 @@ class ResNetConfig(BlockConfig):
 
         return ResNetNetwork(self)
 
-    def example_inputs(self, batch: int, device: torch.device | str) -> dict[str, Tensor]:
+    def example_inputs(self, batch: int, device: torch.device | str, length: int | None = None) -> dict[str, Tensor]:
         return {"pixels": torch.zeros(batch, self.image_channels, self.image_size, self.image_size, device=device)}
 
 
