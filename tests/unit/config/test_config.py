@@ -8,6 +8,7 @@ import yaml
 from wtn_pretrain.cli import split_arguments
 from wtn_pretrain.config import describe, dump_yaml, override, validate
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.models.hf import why_not_hf
 from wtn_pretrain.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -123,3 +124,8 @@ def test_the_command_line_takes_both_forms() -> None:
     for argv, words in ((["--x.y"], "has no value"), (["stray"], "expected --config"), (["--verbose=1"], "unknown")):
         with pytest.raises(UserError, match=words):
             split_arguments(argv)
+
+
+def test_the_readmes_own_export_exists() -> None:
+    """The README loads the quickstart's BERT from its Hugging Face folder."""
+    assert why_not_hf(load_recipe(ROOT / "configs" / "quickstart" / "bert.yaml").model) is None

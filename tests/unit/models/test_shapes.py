@@ -104,3 +104,13 @@ def test_impossible_shapes_are_refused() -> None:
 def test_resnet_v15_puts_the_stride_in_the_3x3_convolution() -> None:
     first = shape("resnet50").model_copy(update={"depths": (1, 1, 1, 1)}).build().blocks[1]
     assert [conv.stride for conv in first.convs] == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_flops_follow_the_length_of_the_sequence() -> None:
+    config = BertConfig(vocab_size=100, hidden_size=64, layers=1, heads=4, max_positions=512)
+
+    def layer(length: int) -> int:
+        return 2 * length * (4 * 64 * 64 + 2 * 64 * 256) + 4 * length * length * 64
+
+    assert flops(config).blocks == (layer(512),)
+    assert flops(config, 64).blocks == (layer(64),)

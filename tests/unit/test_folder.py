@@ -1,0 +1,64 @@
+"""A run's folder: claimed once everything fits, continued by what computes the same, refused for the rest."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wtn_pretrain.cli import main
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.folder import RunFolder
+
+OLD = {
+    "run": {"name": "x", "folder": "runs"},
+    "wide": {"steps": 3, "log_every": 1},
+    "compare": {"seeds": [0]},
+    "export": {"formats": ["hf"]},
+}
+
+
+def claimed(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path)
+    folder.claim(yaml.safe_dump(OLD))
+    return folder
+
+
+def test_what_computes_the_same_continues_the_run(tmp_path: Path) -> None:
+    folder = claimed(tmp_path)
+    for section, change in (
+        ("run", {"name": "x", "folder": "elsewhere"}),
+        ("wide", {"steps": 3, "log_every": 5}),
+        ("compare", {"seeds": [0, 1]}),
+        ("export", {"formats": ["onnx"]}),
+    ):
+        folder.check(yaml.safe_dump({**OLD, section: change}))
+    newer = yaml.safe_dump({**OLD, "compare": {"seeds": [0, 1]}})
+    folder.claim(newer)
+    assert (tmp_path / "config.yaml").read_text() == newer
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("wide", {"steps": 4, "log_every": 1}, "wide.steps was 3 and is now 4"),
+        ("compare", {"seeds": [1]}, r"compare.seeds was \[0\] and is now \[1\]"),
+        ("run", {"name": "y", "folder": "runs"}, 'run.name was "x" and is now "y"'),
+    ],
+)
+def test_other_work_is_refused_by_key(section: str, change: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        claimed(tmp_path).check(yaml.safe_dump({**OLD, section: change}))
+
+
+def test_a_mistake_does_not_claim_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corrected command may use the same name."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "run: {name: x}\nmodel: {family: resnet, block: basic, stem: cifar, channels: [4], depths: [1]}\n"
+        "task: {kind: classify}\ndata: {kind: images, source: folder, path: /nowhere, size: 8}\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main(lambda stages: None, "", ["--config", str(recipe), f"--run.folder={tmp_path}"])
+    assert stopped.value.code == 2
+    assert "/nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "x" / "config.yaml").exists()
