@@ -3,7 +3,7 @@
 # export and report, for a ResNet on scikit-learn's digits and a BERT on the prose of Python's documentation. Started again, it goes on.
 #   bash scripts/quickstart.sh [--section.key=value ...]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 export PYTHONUNBUFFERED=1
 out=runs/quickstart
 

@@ -12,7 +12,7 @@ if [ ! -e "$stamp" ] && [ ! -e "$installed-dev" ]; then
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $base is older than Python 3.11; set WTN_BASE_PYTHON to a newer one" >&2; exit 2; }
   echo "setting up $venv (torch, DeepSpeed, Transformers, ONNX Runtime: about 2 GB, two to four minutes)"
   [ -x "$venv/bin/python" ] || "$base" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" 2> >(grep -v '^WARNING: Location' >&2)
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e ".${extra:+[$extra]}"
   touch "$stamp"
 fi
 PYTHON="$PWD/$venv/bin/python"
