@@ -47,7 +47,7 @@ class ImitateSection(Section):
     """Outer widening: free pairs fold into the next block, or are refused; constrained ones cancel; auto picks by boundary."""
     init: Literal["matching", "random"] = "matching"
     """matching: tensors that have the teacher's shape start as the teacher's; random: none does (stem and head always start from its)."""
-    optimizer: OptimizerSection = OptimizerSection(weight_decay=0.0)
+    optimizer: OptimizerSection = OptimizerSection(lr=3e-3, weight_decay=0.0)
     schedule_lr: ScheduleSection = ScheduleSection(name="cosine")
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm of one unit; 0 does not clip."""
