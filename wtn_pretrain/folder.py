@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,6 @@ class RunFolder:
     def finish(stage: Path, result: dict[str, Any]) -> dict[str, Any]:
         write_text(stage / "done.json", json.dumps(result, indent=2) + "\n")
         return result
-
-    def once(self, stage: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a stage: read if it is finished, else made by `run`."""
-        return self.result(stage) or run()
 
 
 # where a run lies, how it looks, saves and is exported may change from one start to the next; what it computes may not

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from wtn_pretrain.data.stream import batches
 from wtn_pretrain.device import device, hardware
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.export.command import standing
@@ -91,7 +92,7 @@ def evaluate_run(stages: Stages) -> None:
 
 def _shape(stages: Stages, config: BlockConfig) -> dict[str, Any]:
     network = config.build().eval()
-    probe = stages.task.valid.fetch(_first(), _first().astype("uint64"))
+    probe = next(batches(stages.task.valid, 1))
 
     def call() -> None:
         with torch.inference_mode():
@@ -99,12 +100,6 @@ def _shape(stages: Stages, config: BlockConfig) -> dict[str, Any]:
 
     latency = measure_latency(call, repeats=50, warmup=5)
     return {"parameters": parameter_count(network), "flops": stages.task.forward_flops(config).total, "latency_ms": latency["p50_ms"]}
-
-
-def _first() -> Any:
-    import numpy as np
-
-    return np.zeros(1, dtype=np.int64)
 
 
 def _cost(results: Sequence[dict[str, Any]], seeds: int) -> Training:

@@ -29,7 +29,7 @@ def pair(thin: BlockConfig, wide: BlockConfig, *, unit: str = "block", depth_map
     Raises:
         UserError: the map skips, reverses or leaves the teacher, or a boundary's shapes differ in more than width.
     """
-    thin_stages, wide_stages = _stages(thin), _stages(wide)
+    thin_stages, wide_stages = thin.stages, wide.stages
     student = (0, *accumulate(thin_stages)) if unit == "stage" else tuple(range(sum(thin_stages) + 1))
     teacher = (0, *_check(depth_map, len(student) - 1, sum(wide_stages))) if depth_map else _spread(thin_stages, wide_stages, unit)
     thin_shapes, wide_shapes = boundary_shapes(thin), boundary_shapes(wide)
@@ -48,13 +48,6 @@ def pair(thin: BlockConfig, wide: BlockConfig, *, unit: str = "block", depth_map
                 f"narrow: the student is wider ({small[axis]}) than its teacher ({large[axis]}) {where}; a teacher must be at least as wide"
             )
     return Pairing(student, teacher)
-
-
-def _stages(config: BlockConfig) -> tuple[int, ...]:
-    import torch
-
-    with torch.device("meta"):
-        return tuple(config.build().stages)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -48,6 +48,11 @@ class BlockConfig(Section, ABC):
             UserError: a factor gives a width that is not whole, or that the heads do not divide.
         """
 
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[int, ...]:
+        """Consecutive blocks in each natural group."""
+
     @abstractmethod
     def build(self) -> "BlockNetwork":
         """A freshly initialised network of this shape."""
@@ -61,14 +66,13 @@ class BlockConfig(Section, ABC):
 
 
 class BlockNetwork(nn.Module, ABC):
-    """Stem, blocks and head; `stages` says how many consecutive blocks form each natural group."""
+    """Stem, blocks and head."""
 
     config: BlockConfig
     # a family's own modules: what they hold is known there
     stem: Any
     blocks: nn.ModuleList
     head: Any
-    stages: tuple[int, ...]
     channel_axis: ClassVar[int]
     """The axis of `carry.hidden` that holds the carried width."""
 

@@ -4,11 +4,9 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, families
+from wtn_pretrain.models.store import load_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +35,7 @@ def to_hf(network: BlockNetwork) -> "PreTrainedModel":
     names = adapter.names(network.config)
     ours = network.state_dict()
     theirs = {name: ours[mine].detach().cpu() for name, mine in names.items()}
-    _strictly(model, theirs)
+    load_state(model, theirs, "export")
     return model.eval()
 
 
@@ -54,17 +52,6 @@ def from_hf(model: "PreTrainedModel") -> BlockNetwork:
             network = config.build()
             theirs = model.state_dict()
             ours = {mine: theirs[name] for name, mine in adapter.names(config).items()}
-            _strictly(network, ours)
+            load_state(network, ours, "teacher")
             return network.eval()
     raise UserError(f"teacher: no block network for Hugging Face's {model.config.model_type!r}; supported: bert, megatron-bert, resnet")
-
-
-def _strictly(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads `state`; every tensor of the model must be given, tied ones through any of their names."""
-    current = model.state_dict(keep_vars=True)
-    given = {id(current[name]) for name in state if name in current}
-    missing = [name for name, value in current.items() if name not in state and id(value) not in given]
-    extra = [name for name in state if name not in current]
-    if missing or extra:
-        raise UserError(f"weights do not fit the architecture: missing {missing[:5]}, unexpected {extra[:5]}")
-    model.load_state_dict(state, strict=False)

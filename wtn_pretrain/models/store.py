@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from wtn_pretrain.config import validate
 from wtn_pretrain.errors import UserError
@@ -57,7 +57,7 @@ def load_network(folder: Path) -> BlockNetwork:
     return network.eval()
 
 
-def load_state(network: BlockNetwork, state: dict[str, Tensor], source: str) -> None:
+def load_state(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copies `state` into `network`: every tensor given once (tied ones under any name), none left over, all shapes equal."""
     own = network.state_dict(keep_vars=True)
     given = {id(own[name]) for name in state if name in own}

@@ -94,6 +94,10 @@ class BertConfig(BlockConfig):
             }
         )
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return (self.layers,)
+
     def build(self) -> "BertNetwork":
         from wtn_pretrain.models.bert.model import BertNetwork
 

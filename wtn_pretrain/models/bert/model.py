@@ -126,7 +126,6 @@ class BertNetwork(BlockNetwork):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
-        self.stages = (config.layers,)
         self.stem = BertStem(config)
         self.blocks = nn.ModuleList(BertBlock(config) for _ in range(config.layers))
         self.head = BertHead(config, self.stem.word.weight)

@@ -82,6 +82,10 @@ class ResNetConfig(BlockConfig):
             }
         )
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return self.depths
+
     def build(self) -> "ResNetNetwork":
         from wtn_pretrain.models.resnet.model import ResNetNetwork
 

@@ -74,7 +74,6 @@ class ResNetNetwork(BlockNetwork):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.stages = config.depths
         self.stem = ResNetStem(config)
         blocks = []
         width = config.stem_channels
