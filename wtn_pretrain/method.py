@@ -24,10 +24,12 @@ from wtn_pretrain.tasks.base import evaluate
 from wtn_pretrain.training.monitor import say
 
 
-def run_method(stages: Stages) -> Summary:
-    """Wide, then for every seed narrow, finetune and scratch; export of the first seed's network; summary and report."""
+def run_method(stages: Stages) -> Summary | None:
+    """Wide, then for every seed narrow, finetune and scratch; export of the first seed's network; summary and report.
+
+    All ranks train; what follows is the first one's business, and the others return None.
+    """
     recipe = stages.recipe
-    stages.require_one_process()
     wide = stages.wide()
     narrow, finetune, scratch = [], [], []
     for seed in recipe.compare.seeds:
@@ -35,6 +37,8 @@ def run_method(stages: Stages) -> Summary:
         finetune.append(stages.finetune(seed))
         if recipe.compare.scratch:
             scratch.append(stages.scratch(seed))
+    if stages.place.rank:
+        return None
     thin = load_network(stages.seed_folder("finetune", recipe.compare.seeds[0]))
     say("exporting " + ", ".join(recipe.export.formats))
     written = export(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export.tolerance)

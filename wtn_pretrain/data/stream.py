@@ -43,11 +43,12 @@ class BatchStream:
         micro_batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        part: tuple[int, int] | None = None,
         shuffle: bool = True,
         workers: int = 0,
     ) -> None:
-        """`micro_batch_size` None: the global batch is split over the ranks and not accumulated. Raises UserError where the
-        sizes do not divide or the dataset is empty."""
+        """`micro_batch_size` None: the global batch is split over the ranks and not accumulated. `part`: only rows `part[0]` to
+        `part[0] + part[1]` of each micro-batch are fetched. Raises UserError where the sizes do not divide or the dataset is empty."""
         if batch_size < 1 or (micro_batch_size is not None and micro_batch_size < 1):
             raise UserError(f"batch_size {batch_size}, micro_batch_size {micro_batch_size}: both must be at least 1")
         if len(dataset) == 0:
@@ -66,6 +67,7 @@ class BatchStream:
         self.accumulation = batch_size // (self.micro_batch_size * world_size)
         self.seed, self.shuffle, self.workers = seed, shuffle, workers
         self.rank, self.world_size = rank, world_size
+        self.part = part or (0, self.micro_batch_size)
         self._orders: dict[int, np.ndarray] = {}
 
     def sample_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,11 +75,12 @@ class BatchStream:
         return self._ids(step * self.batch_size, self.batch_size)
 
     def micro_batch(self, step: int, k: int) -> Batch:
-        """This rank's k-th micro-batch of `step`, tensors of leading dimension micro_batch_size."""
+        """This rank's k-th micro-batch of `step`, tensors of leading dimension micro_batch_size (of `part`, its rows)."""
         if not 0 <= k < self.accumulation:
             raise IndexError(f"micro-batch {k} of {self.accumulation}")
         first = step * self.batch_size + (k * self.world_size + self.rank) * self.micro_batch_size
-        return self.dataset.fetch(*self._ids(first, self.micro_batch_size))
+        offset, count = self.part
+        return self.dataset.fetch(*self._ids(first + offset, count))
 
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The micro-batches of the steps start .. stop - 1, a list of `accumulation` for each step."""

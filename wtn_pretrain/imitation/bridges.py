@@ -1,13 +1,14 @@
 """Bridges: the pair of bias-free linear maps at a boundary whose widths differ, expand E (d to D) and reduce R (D to d)."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.pairing import Pairing
-from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.models.base import BlockNetwork, Carry, Flow, boundary_shapes
 
 
 def apply_map(matrix: Tensor, hidden: Tensor, channel_axis: int) -> Tensor:
@@ -15,6 +16,12 @@ def apply_map(matrix: Tensor, hidden: Tensor, channel_axis: int) -> Tensor:
     if channel_axis == -1:
         return hidden @ matrix.T
     return torch.einsum("oc,bcyx->boyx", matrix, hidden)
+
+
+def left_inverse(expand: Tensor) -> Tensor:
+    """pinv(E) [d, D] of a map E [D, d] of full column rank, from its QR factors: a fraction of the cost of singular values."""
+    q, r = torch.linalg.qr(expand)
+    return torch.linalg.solve_triangular(r, q.mT, upper=True)
 
 
 class Bridge(nn.Module):
@@ -27,8 +34,8 @@ class Bridge(nn.Module):
 
     def __init__(self, expand: Tensor, free: bool) -> None:
         super().__init__()
-        self.expand = nn.Parameter(expand.clone())
-        self.free_reduce = nn.Parameter(torch.linalg.pinv(expand)) if free else None
+        self.expand = nn.Parameter(expand.clone(memory_format=torch.contiguous_format))
+        self.free_reduce = nn.Parameter(left_inverse(expand).contiguous()) if free else None
 
     @property
     def free(self) -> bool:
@@ -36,7 +43,7 @@ class Bridge(nn.Module):
 
     def reduce(self) -> Tensor:
         """R [d, D]."""
-        return torch.linalg.pinv(self.expand) if self.free_reduce is None else self.free_reduce
+        return left_inverse(self.expand) if self.free_reduce is None else self.free_reduce
 
     def merged(self) -> Tensor:
         """A = R E [d, d], what the thin network carries through this boundary."""
@@ -92,13 +99,81 @@ def principal_map(activations: Tensor, width: int) -> Tensor:
     return basis / length
 
 
+ROWS = 8192
+"""Activations of a boundary from which a bridge starts."""
+
+
 @torch.no_grad()
-def make_bridges(
-    thin: BlockNetwork, wide: BlockNetwork, pairing: Pairing, bridge: str, batches: Iterable[Mapping[str, Tensor]], rows: int = 8192
-) -> dict[int, Bridge]:
-    """A bridge for every student boundary whose width differs from the teacher's, started from the teacher's activations.
+def sample_teacher(
+    wide: BlockNetwork,
+    pairing: Pairing,
+    only: range,
+    flows: Iterable[Flow],
+    send: Callable[[Carry], object] | None = None,
+    rows: int = ROWS,
+) -> dict[int, Tensor]:
+    """Teacher activations [n, D] after the units in `only`, from what enters the first of them; about `rows` a boundary.
+
+    Args:
+        send: takes what the units above need.
+    """
+    samples: dict[int, list[Tensor]] = {unit: [] for unit in only}
+    for flow in flows:
+        for unit in only:
+            for module in [wide.stem] if unit == 0 else [wide.blocks[block] for block in pairing.blocks_of(unit)[1]]:
+                flow = module(flow)
+            assert isinstance(flow, Carry)
+            flat = flow.hidden.movedim(wide.channel_axis, -1).flatten(0, -2).float()
+            samples[unit].append(flat[:: max(1, len(flat) // _per_batch(rows))][: _per_batch(rows)])
+        if send is not None:
+            assert isinstance(flow, Carry)
+            send(flow)
+    return {unit: torch.cat(taken) for unit, taken in samples.items()}
+
+
+def enough(
+    batches: Iterable[dict[str, Tensor]], wide: BlockNetwork, pairing: Pairing, rows: int = ROWS
+) -> Iterator[dict[str, Tensor]]:
+    """As many of `batches` as give `rows` activations at every boundary."""
+    shapes = [boundary_shapes(wide.config)[block] for block in pairing.teacher]
+    # positions of a sample: all axes but the carried width, which is the last of a sequence [S, D] and the first of an image [C, Y, X]
+    sizes = [math.prod(shape[:-1] if len(shape) == 2 else shape[1:]) for shape in shapes]
+    for number, batch in enumerate(batches):
+        longest = next(iter(batch.values()))
+        least = len(longest) * min(sizes) * (longest.shape[1] / sizes[0] if len(shapes[0]) == 2 else 1)
+        stride = max(1, int(least) // _per_batch(rows))
+        taken = min(_per_batch(rows), math.ceil(least / stride))
+        yield batch
+        if (number + 1) * taken >= rows:
+            return
+
+
+def start_maps(thin: BlockNetwork, pairing: Pairing, kinds: list[str | None], samples: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """E [D, d] for every student boundary that needs a bridge, from the teacher's activations at each unit boundary.
 
     Boundaries joined by identity skips start from one map: what a skip carries unchanged must mean the same at both ends.
+    """
+    widths = thin.widths()
+    maps: dict[int, Tensor] = {}
+    for group in _joined(thin, pairing):
+        different = [unit for unit in group if kinds[unit]]
+        # the same weight for every boundary, whatever its scale
+        pooled = [samples[unit] / samples[unit].square().mean().sqrt() for unit in different]
+        if pooled:
+            start = principal_map(torch.cat(pooled), widths[pairing.student[different[0]]])
+            maps.update((pairing.student[unit], start) for unit in different)
+    return maps
+
+
+def place_bridges(maps: Mapping[int, Tensor], pairing: Pairing, kinds: list[str | None]) -> dict[int, Bridge]:
+    """A bridge for each of `maps`, by student boundary."""
+    return {boundary: Bridge(start, kinds[pairing.student.index(boundary)] == "free") for boundary, start in maps.items()}
+
+
+def make_bridges(
+    thin: BlockNetwork, wide: BlockNetwork, pairing: Pairing, bridge: str, batches: Iterable[dict[str, Tensor]], rows: int = ROWS
+) -> dict[int, Bridge]:
+    """A bridge for every student boundary whose width differs from the teacher's, started from the teacher's activations.
 
     Args:
         batches: inputs on the networks' device, from which about `rows` activations a boundary are taken.
@@ -106,35 +181,12 @@ def make_bridges(
     kinds = bridge_kinds(thin, wide, pairing, bridge)
     if not any(kinds):
         return {}
-    samples: list[list[Tensor]] = [[] for _ in kinds]
-    for inputs in batches:
-        carry = wide.stem(inputs)
-        _sample(samples, 0, carry.hidden, wide.channel_axis, rows)
-        for index, block in enumerate(wide.blocks):
-            carry = block(carry)
-            if index + 1 in pairing.teacher:
-                _sample(samples, pairing.teacher.index(index + 1), carry.hidden, wide.channel_axis, rows)
-        if all(sum(map(len, taken)) >= rows for taken in samples):
-            break
-    widths = thin.widths()
-    bridges: dict[int, Bridge] = {}
-    for group in _joined(thin, pairing):
-        different = [unit for unit in group if kinds[unit]]
-        # the same weight for every boundary, whatever its scale
-        pooled = [torch.cat(samples[unit]) for unit in different]
-        if pooled:
-            start = principal_map(
-                torch.cat([taken / taken.square().mean().sqrt() for taken in pooled]), widths[pairing.student[different[0]]]
-            )
-            for unit in different:
-                bridges[pairing.student[unit]] = Bridge(start, kinds[unit] == "free")
-    return bridges
+    samples = sample_teacher(wide, pairing, range(pairing.units + 1), enough(batches, wide, pairing, rows), rows=rows)
+    return place_bridges(start_maps(thin, pairing, kinds, samples), pairing, kinds)
 
 
-def _sample(samples: list[list[Tensor]], unit: int, hidden: Tensor, channel_axis: int, rows: int) -> None:
-    flat = hidden.movedim(channel_axis, -1).flatten(0, -2).float()
-    per_batch = max(64, rows // 8)
-    samples[unit].append(flat[:: max(1, len(flat) // per_batch)][:per_batch])
+def _per_batch(rows: int) -> int:
+    return max(64, rows // 8)
 
 
 def _joined(thin: BlockNetwork, pairing: Pairing) -> list[list[int]]:

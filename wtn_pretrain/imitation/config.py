@@ -36,6 +36,20 @@ class ImitateSection(Section):
     """Optimizer steps that every block takes."""
     batch_size: int = Field(64, ge=1)
     """Samples a step takes."""
+    micro_batch_size: int = Field(0, ge=0)
+    """Samples that flow through the pipeline at once; 0: batch_size (no accumulation). Losses and batch norms are over these."""
+    plan: str = "auto"
+    """Which ranks hold which units: auto, a file of tools/plan.py, or spans such as 0-3,4-6x2 (unit 0 is the stem; x2: on two ranks)."""
+    deepspeed: str = "ds_configs/zero0.json"
+    """DeepSpeed configuration of every span (ZeRO 0 to 2 within its replicas)."""
+    wire: Literal["fp32", "bf16"] = "fp32"
+    """How activations travel between spans; bf16 halves what is sent and rounds it."""
+    in_flight: int = Field(2, ge=2)
+    """Micro-batches that wait before a span, and behind it; who is further ahead waits."""
+    patience: float = Field(30.0, gt=0)
+    """Seconds without a sign of life, or of progress, after which a rank counts as lost and the run ends."""
+    trace: bool = False
+    """Record what every rank does when, for Perfetto (trace.json) and for the report."""
     loss: Literal["energy_mse", "mobilebert"] = "energy_mse"
     """energy_mse: squared error over the teacher's energy (1.0: nothing learned); mobilebert: its terms per encoder layer."""
     mobilebert: MobileBertLoss = MobileBertLoss()
@@ -50,7 +64,7 @@ class ImitateSection(Section):
     optimizer: OptimizerSection = OptimizerSection(lr=3e-3, weight_decay=0.0)
     schedule_lr: ScheduleSection = ScheduleSection(name="cosine")
     clip: float = Field(1.0, ge=0)
-    """Largest gradient norm of one unit; 0 does not clip."""
+    """Largest gradient norm of one unit (of all together where gradients run through all); 0 does not clip."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16 under autocast."""
     cache_batches: int = Field(0, ge=0)
@@ -70,4 +84,8 @@ class ImitateSection(Section):
             raise ValueError("feed teacher contradicts schedule joint, which goes through the student end to end; use feed auto")
         if self.feed == "teacher" and self.schedule == "bottom_up" and self.below != "frozen":
             raise ValueError("feed teacher leaves nothing for the blocks below to learn from; use below frozen")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        if self.plan != "auto" and self.schedule in ("bottom_up", "joint"):
+            raise ValueError(f"plan {self.plan} does not fit schedule {self.schedule}, which splits every batch over all ranks; use auto")
         return self

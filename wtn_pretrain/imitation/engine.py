@@ -1,209 +1,169 @@
-"""The imitation engine on one process: runs the phases of a schedule over units, a block's backward right after its forward."""
+"""The imitation engine: runs the phases of a schedule on this rank's span, fed by the data or by the span below.
 
-import os
+One process is a plan of one span. There is no barrier between spans: each receives, trains, steps and saves at its own pace.
+"""
+
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wtn_pretrain.data.stream import BatchStream
+from wtn_pretrain.data.stream import Batch, BatchStream, Dataset
 from wtn_pretrain.device import device, to_device
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
 from wtn_pretrain.imitation.config import ImitateSection
+from wtn_pretrain.imitation.imitator import Entry, Imitator, Send
+from wtn_pretrain.imitation.learner import zero_stage
+from wtn_pretrain.imitation.plan import single
+from wtn_pretrain.imitation.progress import Progress
 from wtn_pretrain.imitation.schedules import Phase
 from wtn_pretrain.imitation.store import ActivationStore
-from wtn_pretrain.imitation.units import Flow, Unit
-from wtn_pretrain.models.base import Carry, Taps
+from wtn_pretrain.imitation.wiring import Wiring, pack, unpack
+from wtn_pretrain.models.base import Carry, Flow
+from wtn_pretrain.parallel.launch import Place, shared_store
+from wtn_pretrain.parallel.relay import Inbox, Outbox
 from wtn_pretrain.training.monitor import Monitor
-from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
-from wtn_pretrain.training.schedules import scale
 
 
-@dataclass
-class Work:
-    """What imitation has cost so far."""
-
-    seconds: float = 0.0
-    teacher_flops: int = 0
-    student_flops: int = 0
-
-
-class Imitator:
-    """Trains the students of `units`, phase after phase."""
-
-    def __init__(self, units: list[Unit], section: ImitateSection) -> None:
-        self.units, self.section = units, section
-        self.work = Work()
-        self._dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
-
-    def optimizer(self, phase: Phase) -> torch.optim.Optimizer:
-        """A fresh optimizer over the units that learn in `phase`; each group knows its unit's share of the rate."""
-        groups: list[dict[str, Any]] = []
-        for unit in self.units:
-            if unit.index in phase.rates:
-                own = decay_groups(unit.own_parameters(), self.section.optimizer.weight_decay)
-                groups += [{**group, "share": phase.rates[unit.index]} for group in own]
-        return make_optimizer(self.section.optimizer, groups)
-
-    def begin(self, phase: Phase) -> None:
-        """Sets which units learn."""
-        for unit in self.units:
-            unit.learn(unit.index in phase.rates)
-
-    def step(self, phase: Phase, inputs: Flow) -> list[Tensor]:
-        """Forward and backward of one batch from the bottom; gradients are left in place. Returns the loss of each unit in `losses`.
-
-        With local gradients a unit's graph lives only from its forward to its backward, so that the memory of activations is
-        that of one unit whatever the depth.
-        """
-        teacher: Flow = inputs
-        student: Flow = inputs
-        losses: list[Tensor] = []
-        top = max(phase.losses)
-        for unit in self.units[: top + 1]:
-            with self._autocast():
-                target, target_taps = self._teach(unit, teacher)
-                counts = unit.index in phase.losses
-                if counts or phase.fed == "student":
-                    with torch.set_grad_enabled(counts or not phase.local):
-                        entered = unit.enter(teacher, student, phase.fed, phase.local)
-                        output, taps = self._answer(unit, entered, learning=unit.index in phase.rates)
-                        if counts:
-                            losses.append(unit.loss(output, taps, target, target_taps))
-                    student = output.detach() if phase.local else output
-                teacher = target
-            if counts and phase.local:
-                losses[-1].backward()
-                losses[-1] = losses[-1].detach()
-        if not phase.local:
-            torch.stack(losses).sum().backward()
-        return [loss.detach() for loss in losses]
-
-    def step_one(self, unit: Unit, fed: str, teacher: Flow, student: Flow, target: Carry, target_taps: Taps) -> list[Tensor]:
-        """Forward and backward of one unit on given inputs and target."""
-        with self._autocast():
-            output, taps = self._answer(unit, unit.enter(teacher, student, fed, local=True), learning=True)
-            loss = unit.loss(output, taps, target, target_taps)
-        loss.backward()
-        return [loss.detach()]
-
-    def update(self, phase: Phase, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """One optimizer step. Gradients are clipped unit by unit, so that the result does not depend on which rank holds which."""
-        rate = self.section.optimizer.lr * scale(self.section.schedule_lr, step, phase.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        if self.section.clip:
-            for unit in self.units:
-                if unit.index in phase.rates:
-                    torch.nn.utils.clip_grad_norm_(unit.own_parameters(), self.section.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return rate
-
-    @torch.no_grad()
-    def errors(self, batches: Iterator[dict[str, Tensor]], limit: int) -> list[float]:
-        """Energy-normalised error of every unit, student-fed in eval mode: what the assembled thin network really carries."""
-        for unit in self.units:
-            unit.learn(False)
-        sums = torch.zeros(len(self.units), dtype=torch.float64)
-        seen = 0
-        for batch, _ in zip(batches, range(limit), strict=False):
-            seen += 1
-            teacher: Flow = to_device(batch)
-            student: Flow = teacher
-            for unit in self.units:
-                target, _ = unit.teach(teacher)
-                output, _ = unit.answer(unit.enter(teacher, student, "student", local=True))
-                sums[unit.index] += unit.error(output, target).double().cpu()
-                teacher, student = target, output
-        return (sums / max(seen, 1)).tolist()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(device().type, dtype=torch.bfloat16, enabled=self._dtype is torch.bfloat16)
-
-    def _teach(self, unit: Unit, flow: Flow) -> tuple[Carry, Taps]:
-        self.work.teacher_flops += unit.teacher_flops * _samples(flow)
-        return unit.teach(flow)
-
-    def _answer(self, unit: Unit, flow: Flow, learning: bool) -> tuple[Carry, Taps]:
-        # a backward pass costs twice a forward pass
-        self.work.student_flops += unit.student_flops * _samples(flow) * (3 if learning else 1)
-        return unit.answer(flow)
+def open_stream(
+    dataset: Dataset, section: ImitateSection, seed: int, *, part: tuple[int, int] | None = None, workers: int = 0
+) -> BatchStream:
+    """The batches of imitation, cut into micro-batches; of each, rows `part[0]` to `part[0] + part[1]` are fetched."""
+    rows = section.micro_batch_size or section.batch_size
+    return BatchStream(dataset, section.batch_size, seed=seed, micro_batch_size=rows, part=part, workers=workers)
 
 
 class Run:
-    """A schedule from start to end: data, phases, checkpoints, what a person sees. The trained students are left in the units."""
+    """A schedule from start to end on one rank: data or relay, phases, checkpoints, what a person sees.
 
-    def __init__(self, imitator: Imitator, phases: list[Phase], stream: BatchStream, folder: Path, stage: str = "narrow") -> None:
+    The trained students are left in the units, and in the last checkpoint.
+    """
+
+    def __init__(
+        self,
+        imitator: Imitator,
+        phases: list[Phase],
+        stream: BatchStream,
+        folder: Path,
+        wiring: Wiring | None = None,
+        stage: str = "narrow",
+    ) -> None:
+        """`stream` gives this rank's rows of the micro-batches; only the ranks of the first span read it."""
         self.imitator, self.phases, self.stream, self.folder, self.stage = imitator, phases, stream, folder, stage
+        self.wiring = wiring or Wiring(single(len(imitator.units)), Place(0, 1), stream.micro_batch_size)
+        self._observe = imitator.observe
         self.total = sum(phase.steps for phase in phases)
         section = imitator.section
         self.every = section.checkpoint_every or max(1, self.total // 10)
-        state = _load(folder / "checkpoint.pt")
-        self.first_phase, self.first_step, self.optimizer_state = 0, 0, None
-        if state:
-            self._restore(state)
+        store = shared_store(self.wiring.place)
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.wiring, lambda name: store.add(f"saved-{name}", 1))
+        self.position = self.checkpoints.latest()
+        self.first_phase, self.first_step = 0, 0
+        if self.position:
+            self._continue_from(self.position)
         start = sum(phase.steps for phase in phases[: self.first_phase]) + self.first_step
-        self.monitor = Monitor(folder, stage, self.total, start=start, log_every=section.log_every)
+        self.monitor = Monitor(folder, stage, self.total, start=start, log_every=section.log_every, rank=self.wiring.place.rank)
+        self.progress = Progress(self.monitor, self.wiring, store, start, self.total, stream.batch_size, section.log_every)
 
-    def go(self) -> None:
-        """Runs what is left of the schedule."""
+    def go(self) -> Position:
+        """Runs what is left of the schedule; where its last checkpoint stands."""
+        outbox = Outbox(self.wiring.above, self.imitator.section.in_flight, self._observe) if self.wiring.above else None
         for number in range(self.first_phase, len(self.phases)):
             phase = self.phases[number]
             before = sum(earlier.steps for earlier in self.phases[:number])
             start = self.first_step if number == self.first_phase else 0
             self.imitator.begin(phase)
-            optimizer = self.imitator.optimizer(phase)
-            if start and self.optimizer_state is not None:
-                optimizer.load_state_dict(self.optimizer_state)
+            if start and self.position is not None:
+                self.checkpoints.restore_optimizers(self.position, self.imitator)
             if phase.cached and number and not start:
                 # this unit gives up the activations that the one below started from: no start may go back there
-                self._save(number, 0, optimizer)
-            run = self._cached(phase, number, start) if phase.cached else self._from_the_bottom(phase, before, start)
+                self.checkpoints.save(number, 0, self.imitator)
+            run = self._cached(phase, number, start) if phase.cached else self._streamed(phase, before, start, outbox)
             began = time.monotonic()
-            for step, losses in enumerate(run, start=start):
-                rate = self.imitator.update(phase, optimizer, step)
+            sums: list[Tensor] = []
+            rate = 0.0
+            for micro, losses in enumerate(run):
+                step, k = start + micro // self.stream.accumulation, micro % self.stream.accumulation
+                rate = self.imitator.update(phase, step)
+                sums = losses if k == 0 else [total + loss for total, loss in zip(sums, losses, strict=True)]
+                if k < self.stream.accumulation - 1:
+                    continue
                 self.imitator.work.seconds += time.monotonic() - began
-                self._report(phase, before + step + 1, losses, rate)
                 done = step + 1
-                saving = (before + done) % self.every == 0 and before + done < self.total
-                if saving or done == phase.steps:
-                    self._require_finite(phase, before + done, losses)
+                saving = (before + done) % self.every == 0 or before + done == self.total
+                reported = self.progress.logs(before + done)
+                values = self._losses(phase, before + done, sums) if reported or saving or done == phase.steps else {}
+                self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None)
                 if saving:
-                    self._save(number, done, optimizer)
+                    self.checkpoints.save(number, done, self.imitator)
                 began = time.monotonic()
             self.imitator.work.seconds += time.monotonic() - began
+        if outbox is not None:
+            outbox.close()
+        while not self.progress.finish():
+            self._wait()
         self.monitor.close()
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
+        last = len(self.phases) - 1
+        return Position(last, self.phases[last].steps, str(self.wiring.plan), zero_stage(self.imitator.section))
 
-    def _from_the_bottom(self, phase: Phase, before: int, start: int) -> Iterator[list[Tensor]]:
-        for micro_batches in self.stream.iterate(before + start, before + phase.steps):
-            (batch,) = micro_batches
-            yield self.imitator.step(phase, to_device(batch))
+    @staticmethod
+    def _wait() -> None:
+        time.sleep(0.02)
+
+    def _streamed(self, phase: Phase, before: int, start: int, outbox: Outbox | None) -> Iterator[list[Tensor]]:
+        """The micro-batches of a phase, as they come from the data or from the span below."""
+        send: Send | None = None
+        if outbox is not None:
+            box = outbox
+
+            def send(teacher: Carry | None, student: Carry | None, expand: Tensor | None) -> None:
+                with self._observe("wait to send"):
+                    box.put(pack(teacher, student, expand))
+
+        for entry in self._entries(phase, before, start):
+            yield self.imitator.step(phase, entry, send)
+
+    def _entries(self, phase: Phase, before: int, start: int) -> Iterator[Entry]:
+        if self.wiring.below is None:
+            steps = self.stream.iterate(before + start, before + phase.steps)
+            while (micro_batches := self._next(steps)) is not None:
+                for batch in micro_batches:
+                    flow = to_device(batch)
+                    yield Entry(flow, flow)
+            return
+        inbox = Inbox(self.wiring.below, (phase.steps - start) * self.stream.accumulation, self.imitator.section.in_flight, self._observe)
+        for _ in range((phase.steps - start) * self.stream.accumulation):
+            with self._observe("wait to receive"):
+                message = inbox.take()
+            yield Entry(*unpack(message))
+
+    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
+        with self._observe("data"):
+            return next(steps, None)
 
     def _cached(self, phase: Phase, number: int, start: int) -> Iterator[list[Tensor]]:
         """Steps of one unit on stored activations. Each teacher unit sees each batch once; the units below are not run again."""
         (index,) = phase.losses
         unit = self.imitator.units[index]
-        batches = self.imitator.section.cache_batches or phase.steps
-        batches = min(batches, phase.steps)
+        accumulation = self.stream.accumulation
+        batches = accumulation * min(self.imitator.section.cache_batches or phase.steps, phase.steps)
         teacher_in, student_in = self._inputs(index, batches, phase.fed)
         fed_by_one = teacher_in is None or student_in is None or teacher_in.folder == student_in.folder
         target_store = ActivationStore(self._place("teacher", index), batches)
-        kept = index < len(self.imitator.units) - 1 or batches < phase.steps
-        for step in range(start, phase.steps):
-            position = step % batches
+        kept = index < len(self.imitator.units) - 1 or batches < phase.steps * accumulation
+        for micro in range(start * accumulation, phase.steps * accumulation):
+            position = micro % batches
             teacher = self._flow(teacher_in, position)
             student = teacher if fed_by_one else self._flow(student_in, position)
-            if step < batches or unit._taps:
-                with self.imitator._autocast():
-                    target, taps = self.imitator._teach(unit, teacher)
-                if step < batches and kept:
+            if micro < batches or unit.needs_taps:
+                target, taps = self.imitator.teach(unit, teacher)
+                if micro < batches and kept:
                     target_store.write(position, target)
             else:
                 target, taps = self._to(target_store.read(position)), {}
@@ -220,17 +180,12 @@ class Run:
         if not teacher.complete:
             # only the stem can be missing here: every other unit stored its teacher's outputs while it learned
             source = None if index == 1 else self._store("teacher", index - 2, batches)
-            self._fill(teacher, batches, lambda position: self.imitator._teach(below, self._flow(source, position))[0])
+            self._fill(teacher, batches, lambda position: self.imitator.teach(below, self._flow(source, position))[0])
         student = teacher if fed == "teacher" else self._store("student", index - 1, batches)
         if not student.complete:
             below.learn(False)
             source = None if index == 1 else self._store("student", index - 2, batches)
-
-            def answer(position: int) -> Carry:
-                flow = self._flow(source, position)
-                return self.imitator._answer(below, below.enter(flow, flow, "student", local=True), learning=False)[0]
-
-            self._fill(student, batches, answer)
+            self._fill(student, batches, lambda position: self.imitator.answer(below, self._flow(source, position)))
         for kind in ("teacher", "student"):
             ActivationStore(self._place(kind, index - 2), batches).remove()
         return teacher, student
@@ -238,84 +193,94 @@ class Run:
     def _place(self, kind: str, unit: int) -> Path:
         # a stem that was copied has one output, not two
         kind = "teacher" if unit == 0 and self.imitator.units[0].exit is None else kind
-        return self.folder / "activations" / f"{kind}-{unit}"
+        rows = f"rows-{self.wiring.part[0]}-{sum(self.wiring.part)}"
+        return self.folder / "activations" / rows / f"{kind}-{unit}"
 
     def _store(self, kind: str, unit: int, batches: int) -> ActivationStore:
         return ActivationStore(self._place(kind, unit), batches)
 
-    def _fill(self, store: ActivationStore, batches: int, make: Callable[[int], Carry]) -> None:
-        with torch.no_grad(), self.imitator._autocast():
-            for position in range(batches):
-                store.write(position, make(position))
+    @staticmethod
+    def _fill(store: ActivationStore, batches: int, make: Callable[[int], Carry]) -> None:
+        for position in range(batches):
+            store.write(position, make(position))
         store.finish()
 
     def _flow(self, store: ActivationStore | None, position: int) -> Flow:
-        return to_device(self.stream.micro_batch(position, 0)) if store is None else self._to(store.read(position))
+        if store is None:
+            return to_device(self.stream.micro_batch(*divmod(position, self.stream.accumulation)))
+        return self._to(store.read(position))
 
     @staticmethod
     def _to(carry: Carry) -> Carry:
         here = device()
         return Carry(carry.hidden.to(here), tuple(tensor.to(here) for tensor in carry.context))
 
-    def _report(self, phase: Phase, step: int, losses: list[Tensor], rate: float) -> None:
-        if step % self.imitator.section.log_every == 0 or step == self.total:
-            values = self._require_finite(phase, step, losses)
-            units: list[float | None] = [None] * len(self.imitator.units)
-            for unit, value in zip(phase.losses, values.tolist(), strict=True):
-                units[unit] = value
-            self.monitor.step(
-                step, {"loss": float(values.mean()), "units": units, "phase": phase.name, "lr": rate}, samples=self.stream.batch_size
-            )
-        else:
-            self.monitor.step(step, {"phase": phase.name}, samples=self.stream.batch_size)
-
-    def _require_finite(self, phase: Phase, step: int, losses: list[Tensor]) -> Tensor:
-        """The losses on the CPU, or a refusal that names the unit."""
-        values = torch.stack(losses).float().cpu()
+    def _losses(self, phase: Phase, step: int, sums: list[Tensor]) -> dict[int, float]:
+        """The loss of every unit of this span over all replicas, or a refusal that names the unit whose is not finite."""
+        mine = [unit.index for unit in self.imitator.units if unit.index in phase.losses]
+        if not mine:
+            return {}
+        values = self.imitator.replicas.sum(torch.stack(sums).float() / self.stream.accumulation).cpu()
         if not bool(torch.isfinite(values).all()):
-            unit = phase.losses[int((~torch.isfinite(values)).nonzero()[0])]
+            unit = mine[int((~torch.isfinite(values)).nonzero()[0])]
             name = "the stem" if unit == 0 else f"unit {unit}"
             raise UserError(
                 f"{self.stage}: the imitation loss of {name} is not finite at step {step}; "
                 "lower narrow.optimizer.lr or narrow.clip under another --run.name"
             )
-        return values
+        return dict(zip(mine, values.tolist(), strict=True))
 
-    def _save(self, phase: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        path = self.folder / "checkpoint.pt"
-        state = {
-            "phase": phase,
-            "step": step,
-            "units": [unit.state_dict() for unit in self.imitator.units],
-            "optimizer": optimizer.state_dict(),
-            "work": vars(self.imitator.work),
-        }
-        try:
-            with path.with_suffix(".tmp").open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".tmp"), path)
-        except (OSError, RuntimeError) as error:
+    def _continue_from(self, position: Position) -> None:
+        plan, zero = str(self.wiring.plan), zero_stage(self.imitator.section)
+        cached = position.phase < len(self.phases) and self.phases[position.phase].cached
+        if plan != position.plan and (cached or position.zero or zero):
+            why = "its stored activations are those of the old ranks" if cached else "ZeRO has divided its optimizer among the old ranks"
             raise UserError(
-                f"{path}: cannot be written ({error}); the checkpoint before it is kept, free the disk and start again"
-            ) from None
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.first_phase, self.first_step, self.optimizer_state = state["phase"], state["step"], state["optimizer"]
-        for unit, saved in zip(self.imitator.units, state["units"], strict=True):
-            unit.load_state_dict(saved)
-        self.imitator.work = Work(**state["work"])
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location=device(), weights_only=True)
-    except Exception as error:  # torch raises several kinds for a damaged file
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}); remove it to start the stage again") from None
+                f"{self.checkpoints.folder}: written under plan {position.plan}, and this run has {plan}; {why}: start it as before, "
+                f"or remove the folder to start {self.stage} again"
+            )
+        if zero != position.zero:
+            raise UserError(
+                f"{self.checkpoints.folder}: written under ZeRO {position.zero}, and this run has ZeRO {zero}; start it as before, "
+                f"or remove the folder to start {self.stage} again"
+            )
+        self.checkpoints.restore(position, self.imitator)
+        self.first_phase, self.first_step = position.phase, position.step
 
 
-def _samples(flow: Flow) -> int:
-    return len(flow.hidden) if isinstance(flow, Carry) else len(next(iter(flow.values())))
+def imitation_errors(imitator: Imitator, wiring: Wiring, batches: Iterator[Batch], limit: int) -> dict[int, float]:
+    """Energy-normalised error of each unit of this span over `limit` batches, run through the leaders of the spans alone.
+
+    On other replicas: nothing. Every leader must call it; only the first reads `batches`.
+    """
+    if not wiring.leads:
+        return {}
+    errors = through_leaders(wiring, batches, limit, imitator.section.in_flight, imitator.errors)
+    return dict(zip((unit.index for unit in imitator.units), errors, strict=True))
+
+
+def through_leaders(
+    wiring: Wiring, batches: Iterator[Batch], limit: int, in_flight: int, work: Callable[[Iterator[Entry], Send | None], Any]
+) -> Any:
+    """Runs `work` on whole batches that flow through the first replica of every span."""
+
+    def data() -> Iterator[Entry]:
+        for batch, _ in zip(batches, range(limit), strict=False):
+            flow = to_device(batch)
+            yield Entry(flow, flow)
+
+    below = wiring.lead_below
+    # how many there will be is known at the bottom; an empty message says that there are no more
+    entries = data() if below is None else _until_empty(Inbox(below, None, in_flight))
+    if wiring.lead_above is None:
+        return work(entries, None)
+    outbox = Outbox(wiring.lead_above, in_flight)
+    result = work(entries, lambda teacher, student, expand: outbox.put(pack(teacher, student, expand)))
+    outbox.put(pack(None, None, None))
+    outbox.close()
+    return result
+
+
+def _until_empty(inbox: Inbox) -> Iterator[Entry]:
+    while (message := inbox.take()).rows:
+        yield Entry(*unpack(message))

@@ -1,5 +1,7 @@
 """What a student block is asked to do: be near the teacher's output."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,20 @@ from wtn_pretrain.imitation.config import MobileBertLoss
 from wtn_pretrain.models.base import Taps
 
 
-def energy_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+class Ratio(NamedTuple):
+    """A loss as sum over samples and normaliser, so that ranks that hold parts of a batch can each add theirs."""
+
+    top: Tensor
+    """Scalar; carries the gradient."""
+    bottom: Tensor
+    """Scalar; a function of the teacher and the mask alone."""
+
+    def value(self) -> Tensor:
+        """The loss of this part as a whole."""
+        return self.top / self.bottom
+
+
+def energy_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Ratio:
     """Mean squared error over the teacher's mean square: 0 is a perfect copy, 1 what an output of zeros scores.
 
     Args:
@@ -20,12 +35,12 @@ def energy_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     error, energy = (student - teacher).square(), teacher.square()
     if mask is not None:
         error, energy = error * mask[..., None], energy * mask[..., None]
-    return error.sum() / energy.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return Ratio(error.sum(), energy.sum().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def mobilebert(
     student: Tensor, teacher: Tensor, student_taps: Taps, teacher_taps: Taps, weights: MobileBertLoss, mask: Tensor | None = None
-) -> Tensor:
+) -> Ratio:
     """MobileBERT's per-layer loss, weighted sum of four terms; hidden states [B, S, D], attention scores [B, H, S, S].
 
     Its division by the layer's number, which balances a sum over layers, is left out: units learn from their own losses.
@@ -39,8 +54,8 @@ def mobilebert(
     if weights.attention:
         tokens = tokens + weights.attention * _attention(student_taps["attention"], teacher_taps["attention"], mask)
     if mask is None:
-        return tokens.mean()
-    return (tokens * mask).sum() / mask.sum()
+        return Ratio(tokens.sum(), tokens.new_tensor(tokens.numel()))
+    return Ratio((tokens * mask).sum(), mask.sum().to(tokens.dtype))
 
 
 def _attention(student_BHSS: Tensor, teacher_BHSS: Tensor, mask_BS: Tensor | None) -> Tensor:

@@ -17,6 +17,10 @@ class Pairing(NamedTuple):
     def units(self) -> int:
         return len(self.student) - 1
 
+    def blocks_of(self, unit: int) -> tuple[range, range]:
+        """Student and teacher blocks (from 0) of a unit above the stem, counted from 1."""
+        return range(self.student[unit - 1], self.student[unit]), range(self.teacher[unit - 1], self.teacher[unit])
+
 
 def pair(thin: BlockConfig, wide: BlockConfig, *, unit: str = "block", depth_map: tuple[int, ...] = ()) -> Pairing:
     """Pairs the blocks of two networks, checking that the shapes at every boundary fit.

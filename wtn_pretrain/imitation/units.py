@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from wtn_pretrain.imitation.bridges import Bridge, apply_map
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.losses import energy_mse, mobilebert
+from wtn_pretrain.imitation.losses import Ratio, energy_mse, mobilebert
 from wtn_pretrain.imitation.pairing import Pairing
-from wtn_pretrain.models.base import BlockNetwork, Carry, Flops, Taps
-
-Flow = Carry | Mapping[str, Tensor]
-"""What enters a unit: a carry, or the inputs of the network at the stem."""
+from wtn_pretrain.models.base import BlockNetwork, Carry, Flops, Flow, Taps
 
 
 class Unit(nn.Module):
@@ -42,7 +39,7 @@ class Unit(nn.Module):
         self._axis = network.channel_axis
         self._counted: Callable[[Carry], Tensor | None] = network.counted
         self._section = section
-        self._taps = section.loss == "mobilebert" and section.mobilebert.attention > 0 and index > 0
+        self.needs_taps = section.loss == "mobilebert" and section.mobilebert.attention > 0 and index > 0
         self.student_flops, self.teacher_flops = flops
         """FLOPs of a forward pass of one sample."""
 
@@ -54,6 +51,31 @@ class Unit(nn.Module):
         if self.entry is not None and self.entry.free_reduce is not None:
             own.append(self.entry.free_reduce)
         return own
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What this unit alone holds, by name: its students with their buffers, the map out of it and a free map into it."""
+        state = {f"student.{name}": value for name, value in self.student.state_dict().items()}
+        if self.exit is not None:
+            state["exit.expand"] = self.exit.expand.detach()
+        if self.entry is not None and self.entry.free_reduce is not None:
+            state["entry.free_reduce"] = self.entry.free_reduce.detach()
+        return state
+
+    @torch.no_grad()
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `own_state`."""
+        self.student.load_state_dict({name.removeprefix("student."): value for name, value in state.items() if name.startswith("student.")})
+        if self.exit is not None:
+            self.exit.expand.copy_(state["exit.expand"])
+        if self.entry is not None and self.entry.free_reduce is not None:
+            self.entry.free_reduce.copy_(state["entry.free_reduce"])
+
+    def leaving(self, fed: str) -> Tensor | None:
+        """E of the bridge above this unit if the unit above needs it to make its input: R = pinv(E) where it is constrained and
+        teacher-fed, the product R E where it is free and student-fed."""
+        if self.exit is None or self.exit.free == (fed == "teacher"):
+            return None
+        return self.exit.expand
 
     def learn(self, learning: bool) -> None:
         """Train mode without dropout (the target is a function of the input) while learning, else eval mode."""
@@ -88,7 +110,7 @@ class Unit(nn.Module):
                 hidden = apply_map(self.entry.reduce(), apply_map(expand, hidden, self._axis), self._axis)
         return Carry(hidden, flow.context)
 
-    def loss(self, student: Carry, student_taps: Taps, teacher: Carry, teacher_taps: Taps) -> Tensor:
+    def loss(self, student: Carry, student_taps: Taps, teacher: Carry, teacher_taps: Taps) -> Ratio:
         """How far the student's output, through E, is from the teacher's."""
         hidden = student.hidden if self.exit is None else apply_map(self.exit.expand, student.hidden, self._axis)
         mask = self._counted(teacher)
@@ -97,7 +119,7 @@ class Unit(nn.Module):
         return energy_mse(hidden, teacher.hidden, mask)
 
     @torch.no_grad()
-    def error(self, student: Carry, teacher: Carry) -> Tensor:
+    def error(self, student: Carry, teacher: Carry) -> Ratio:
         """Energy-normalised error, the figure that is reported whatever the training loss."""
         hidden = student.hidden if self.exit is None else apply_map(self.exit.expand, student.hidden, self._axis)
         return energy_mse(hidden, teacher.hidden, self._counted(teacher))
@@ -105,7 +127,7 @@ class Unit(nn.Module):
     def _run(self, modules: Any, flow: Flow) -> tuple[Carry, Taps]:
         taps: Taps = {}
         for position, module in enumerate(modules):
-            flow = module(flow, taps) if self._taps and position == len(modules) - 1 else module(flow)
+            flow = module(flow, taps) if self.needs_taps and position == len(modules) - 1 else module(flow)
         assert isinstance(flow, Carry)
         return flow, taps
 
@@ -117,24 +139,31 @@ def make_units(
     bridges: Mapping[int, Bridge],
     section: ImitateSection,
     counts: tuple[Flops, Flops],
+    only: range | None = None,
 ) -> list[Unit]:
-    """The stem and every unit of `pairing`; `bridges` maps student boundaries to maps, `counts` are the FLOPs of thin and wide."""
+    """The stem (unit 0) and the units of `pairing`, or those of them in `only`.
+
+    Args:
+        bridges: student boundary -> its maps.
+        counts: FLOPs of thin and wide.
+    """
     small, large = counts
-    stem = Unit(0, [thin.stem], [wide.stem], None, bridges.get(0), thin, section, (small.stem, large.stem))
-    units = [stem]
-    for index in range(pairing.units):
-        mine = slice(pairing.student[index], pairing.student[index + 1])
-        theirs = slice(pairing.teacher[index], pairing.teacher[index + 1])
+    units = []
+    for index in only or range(pairing.units + 1):
+        if index == 0:
+            units.append(Unit(0, [thin.stem], [wide.stem], None, bridges.get(0), thin, section, (small.stem, large.stem)))
+            continue
+        mine, theirs = pairing.blocks_of(index)
         units.append(
             Unit(
-                index + 1,
-                list(thin.blocks[mine]),
-                list(wide.blocks[theirs]),
+                index,
+                [thin.blocks[block] for block in mine],
+                [wide.blocks[block] for block in theirs],
                 bridges.get(mine.start),
                 bridges.get(mine.stop),
                 thin,
                 section,
-                (sum(small.blocks[mine]), sum(large.blocks[theirs])),
+                (sum(small.blocks[block] for block in mine), sum(large.blocks[block] for block in theirs)),
             )
         )
     return units

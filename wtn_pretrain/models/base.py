@@ -31,6 +31,9 @@ class Carry(NamedTuple):
         return Carry(self.hidden.detach(), self.context)
 
 
+Flow = Carry | Mapping[str, Tensor]
+"""What enters the stem or a block: the inputs of the network, or a carry."""
+
 Taps = dict[str, Tensor]
 """What a block lays open for a loss when asked: for encoder layers `attention`, the scores before the softmax [B, H, S, S]."""
 

@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,6 +58,38 @@ def load_network(folder: Path) -> BlockNetwork:
     return network.eval()
 
 
+def load_part(folder: Path, parts: Iterable[str]) -> BlockNetwork:
+    """The network in `folder` of which only `parts` (`stem`, `head`, `blocks.3`) are real, on the CPU, in eval mode.
+
+    The rest has shapes alone (meta tensors), and so has a tensor that a part shares with one that was not asked for.
+    """
+    config = load_shape(folder)
+    with torch.device("meta"):
+        network = config.build().eval()
+    path = folder / "model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = set(file.keys())
+            for part in parts:
+                module = network.get_submodule(part).to_empty(device="cpu")
+                for name, value in module.state_dict(keep_vars=True).items():
+                    if f"{part}.{name}" in stored:
+                        found = file.get_tensor(f"{part}.{name}")
+                        if found.shape != value.shape:
+                            raise UserError(
+                                f"{path}: {part}.{name} has shape {list(found.shape)} for {list(value.shape)}; run the stage again"
+                            )
+                        value.data.copy_(found)
+                    elif _shared(network, f"{part}.{name}"):
+                        owner, _, leaf = name.rpartition(".")
+                        setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to("meta")))
+                    else:
+                        raise UserError(f"{path}: holds no {part}.{name}; the file is damaged, run the stage again")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged, run the stage again") from None
+    return network
+
+
 def load_state(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Copies `state` into `network`: every tensor given once (tied ones under any name), none left over, all shapes equal."""
     own = network.state_dict(keep_vars=True)
@@ -73,6 +106,13 @@ def load_state(network: nn.Module, state: dict[str, Tensor], source: str) -> Non
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
+
+
+def _shared(network: BlockNetwork, name: str) -> bool:
+    """Whether a tensor has another name in the network, under which it is stored."""
+    with torch.device("meta"):
+        names = network.config.build().state_dict(keep_vars=True)
+    return sum(value is names[name] for value in names.values()) > 1
 
 
 def _reference_order(config: BlockConfig, state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:

@@ -1,13 +1,18 @@
 """How a process finds its place among the ranks, whatever started it: `deepspeed`, `torchrun` or plain `python`."""
 
 import contextlib
+import itertools
 import os
 import socket
 import time
+from collections.abc import Callable
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 import torch.distributed
+
+from wtn_pretrain.errors import UserError
 
 
 class Place(NamedTuple):
@@ -34,9 +39,9 @@ def start_ranks() -> Place:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        if os.environ["WORLD_SIZE"] == "1":
-            # the shared-memory collectives take a minute and a half to compile, and one rank has nobody to share with
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed's shared-memory collectives serve its inference alone; they take a minute and a half to compile, and
+        # every launch would leave 66 MiB a rank behind in /dev/shm
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         dist.init_distributed(dist_backend=backend(), auto_mpi_discovery=False, verbose=False)
     return Place(dist.get_rank(), dist.get_world_size())
 
@@ -72,6 +77,60 @@ def stop_ranks() -> None:
             # the store lives in rank 0's process
             while rank == 0 and store.add("left", 0) < ranks and time.monotonic() < deadline:
                 time.sleep(0.05)
+
+
+_stores = itertools.count()
+
+
+def shared_store(place: Place) -> torch.distributed.Store:
+    """A fresh store of small values that all ranks share; every rank must ask for its stores in the same order."""
+    if place.world_size == 1:
+        return torch.distributed.HashStore()
+    return torch.distributed.PrefixStore(f"shared-{next(_stores)}", _store())
+
+
+def wait_for_rank(ready: Callable[[], bool], pause: float = 0.02) -> None:
+    """Returns when another rank has made `ready` true; gives up when a rank has given up.
+
+    Raises:
+        RuntimeError: a rank has given up over a user's mistake, which it says itself.
+    """
+    while not ready():
+        if another_failed():
+            raise RuntimeError("another rank has given up")
+        time.sleep(pause)
+
+
+def wait_for_all(place: Place) -> None:
+    """Returns when every rank has come here, however long one takes."""
+    store = shared_store(place)
+    store.add("here", 1)
+    wait_for_rank(lambda: store.add("here", 0) == place.world_size, pause=0.1)
+
+
+def require_same(place: Place, text: str) -> None:
+    """Refuses, on rank 0 and for all, if a rank was started with another configuration `text` than rank 0.
+
+    Raises:
+        UserError: names the rank and the first line that differs.
+    """
+    if place.world_size == 1:
+        return
+    store = shared_store(place)
+    store.set(f"config-{place.rank}", text)
+    if place.rank == 0:
+        for rank in range(1, place.world_size):
+            theirs = store.get(f"config-{rank}").decode()
+            if theirs != text:
+                pairs = zip_longest(text.splitlines(), theirs.splitlines(), fillvalue="")
+                mine, other = next((mine, other) for mine, other in pairs if mine != other)
+                raise UserError(
+                    f"ranks disagree: rank {rank} was started with {other.strip()!r} where rank 0 has {mine.strip()!r}; "
+                    "give every rank the same configuration"
+                )
+        store.set("same", "yes")
+    else:
+        wait_for_rank(lambda: store.check(["same"]))
 
 
 def _together() -> bool:

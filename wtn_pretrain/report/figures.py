@@ -18,12 +18,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from wtn_pretrain.report.curves import Floats, Log, average, thin
 from wtn_pretrain.report.summary import Summary
 from wtn_pretrain.report.table import amount, measure, quality
+from wtn_pretrain.training.utilisation import Use, bubble
 
 NEUTRAL = "#767779"  # written as this, replaced by currentColor: the page's own text colour
 COLOURS = {"wide": "#7482dd", "thin from scratch": "#db7f2e", "thin by WIN": "#16a085"}
 ARMS = {"wide": "wide", "scratch": "thin from scratch", "finetune": "thin by WIN"}
 # of middling lightness throughout, to be seen on white and on black
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#2f9bea", "#8478e0", "#cf5fa6", "#ef7444"])
+WORK = ["#7482dd", "#16a085", "#db7f2e", "#cf5fa6", "#2f9bea"]
+WAITS = {"waits for input": "#b9a44c", "waits for output": "#c9605b"}
+MOST_ROWS = 24
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -112,6 +116,52 @@ def comparison_plots(summary: Summary, prefix: str) -> list[Plot]:
         _plain_log(axes, "x")
         svg = _svg(figure, f"{prefix}-size")
     return [seeds, Plot("Quality against size", svg, "Error bars are one sample standard deviation over the seeds.")]
+
+
+def rank_plots(uses: Sequence[Use], prefix: str) -> list[Plot]:
+    """What each rank does in the steady part of a pipelined stage: one bar a rank."""
+    if not uses:
+        return []
+    picked = sorted({round(place) for place in np.linspace(0, len(uses) - 1, min(len(uses), MOST_ROWS))})
+    shown = [uses[place] for place in picked]
+    # the largest kinds of work have a colour each, the rest share one
+    totals: dict[str, float] = {}
+    for use in uses:
+        for kind, share in use.work.items():
+            totals[kind] = totals.get(kind, 0.0) + share
+    kinds = sorted(totals, key=lambda kind: -totals[kind])
+    named, rest = (kinds, []) if len(kinds) <= len(WORK) else (kinds[: len(WORK) - 1], kinds[len(WORK) - 1 :])
+    parts = [(kind, colour, [use.work.get(kind, 0.0) for use in shown]) for kind, colour in zip(named, WORK, strict=False)]
+    if rest:
+        parts.append(("other work", WORK[-1], [sum(use.work.get(kind, 0.0) for kind in rest) for use in shown]))
+    waits = [[use.input for use in shown], [use.output for use in shown]]
+    parts += [(kind, colour, shares) for (kind, colour), shares in zip(WAITS.items(), waits, strict=True)]
+    with _figure((9.8, 1.15 + 0.27 * len(shown))) as (figure, axes):
+        left = np.zeros(len(shown))
+        for kind, colour, shares in parts:
+            if max(shares) > 0:
+                axes.barh(range(len(shown)), shares, left=left, height=0.66, color=colour, label=kind, linewidth=0)
+                left = left + np.array(shares)
+        axes.barh(range(len(shown)), 1 - left, left=left, height=0.66, color=NEUTRAL, alpha=0.18, label="idle", linewidth=0)
+        for row, use in enumerate(shown):
+            axes.annotate(f"{use.busy:.1%} at work", (1.01, row), va="center", annotation_clip=False)
+        axes.set(xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5), xlabel="share of time")
+        axes.set_yticks(range(len(shown)), [use.name for use in shown])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.set_axisbelow(True)
+        axes.spines["left"].set_visible(False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts) + 1, handlelength=0.9, columnspacing=1.3)
+        svg = _svg(figure, f"{prefix}-ranks")
+    worst = max(uses, key=lambda use: 1 - use.busy)
+    caption = (
+        f"{max(use.seconds for use in uses):.3g} s in which all ranks were at work, without filling and draining. "
+        f"Bubble: {bubble(uses):.1%} of the ranks' time, {1 - worst.busy:.1%} at most ({worst.name})."
+    )
+    if len(shown) < len(uses):
+        caption += f" {len(shown)} of {len(uses)} ranks are shown."
+    return [Plot("What each rank does", svg, caption)]
 
 
 def _curves(logs: Sequence[Log], kind: str, name: str, prefix: str) -> Plot | None:
@@ -222,10 +272,10 @@ def _plain_log(axes: Axes, which: str) -> None:
 
 
 @contextmanager
-def _figure() -> Iterator[tuple[Figure, Axes]]:
-    """A small figure in the report's style: two stand side by side on a screen, one fills a phone."""
+def _figure(size: tuple[float, float] = (4.9, 3.1)) -> Iterator[tuple[Figure, Axes]]:
+    """A small figure in the report's style: two stand side by side on a screen, one fills a phone. `size` in inches."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.9, 3.1), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         yield figure, figure.subplots()
 

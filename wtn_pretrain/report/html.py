@@ -11,10 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
 from wtn_pretrain.report.curves import STAGES, read_logs
-from wtn_pretrain.report.figures import COLOURS, Plot, comparison_plots, imitation_plots, training_plots
+from wtn_pretrain.report.figures import COLOURS, Plot, comparison_plots, imitation_plots, rank_plots, training_plots
 from wtn_pretrain.report.summary import Summary, read_summary
 from wtn_pretrain.report.table import cells, columns, quality, verdict
 from wtn_pretrain.training.monitor import METRICS
+from wtn_pretrain.training.utilisation import UTILISATION, read_utilisation
 
 PAGE = "report.html"
 
@@ -28,6 +29,7 @@ class Page:
     run: dict[str, Any] | None
     training: list[Plot]
     imitation: list[Plot]
+    ranks: list[Plot]
     config: str
 
 
@@ -74,12 +76,14 @@ def _page(folder: Path, prefix: str = "r") -> Page:
     summary = read_summary(folder / "summary.json") if (folder / "summary.json").is_file() else None
     config = folder / "config.yaml"
     logs = read_logs(folder)
+    used = next((path for stage in STAGES for path in sorted(folder.rglob(f"{stage}/{UTILISATION}"))), None)
     return Page(
         name=summary.name if summary else folder.resolve().name,
         link=f"{quote(folder.name)}/{PAGE}",
         run=_shown(summary, prefix) if summary else None,
         training=training_plots(logs, prefix),
         imitation=imitation_plots(logs, prefix),
+        ranks=rank_plots(read_utilisation(used), prefix) if used else [],
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
     )
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
-from wtn_pretrain.training.config import TrainSection
+from wtn_pretrain.training.config import OptimizerSection, TrainSection
 from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,33 +30,47 @@ def read_deepspeed_json(name: str, stage: str) -> dict[str, Any]:
 
 
 def deepspeed_config(section: TrainSection, stage: str, world_size: int, accumulation: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration of a stage.
+    """The whole DeepSpeed configuration of a training stage.
 
     Raises:
         UserError: the file repeats a number of the run's configuration with another value, or combines what does not work.
     """
-    tree = read_deepspeed_json(section.deepspeed, stage)
-    ours: dict[str, tuple[str, Any]] = {
-        "train_batch_size": (f"{stage}.batch_size", section.batch_size),
-        "train_micro_batch_size_per_gpu": (f"{stage}.micro_batch_size", section.batch_size // (accumulation * world_size)),
-        "gradient_accumulation_steps": (f"{stage}.micro_batch_size", accumulation),
-        # DeepSpeed clips at 1.0 unless told otherwise
-        "gradient_clipping": (f"{stage}.clip", section.clip),
-    }
-    for key, (name, value) in ours.items():
+    tree = filled_config(
+        section.deepspeed,
+        stage,
+        section.optimizer,
+        {
+            "train_batch_size": (f"{stage}.batch_size", section.batch_size),
+            "train_micro_batch_size_per_gpu": (f"{stage}.micro_batch_size", section.batch_size // (accumulation * world_size)),
+            "gradient_accumulation_steps": (f"{stage}.micro_batch_size", accumulation),
+            # DeepSpeed clips at 1.0 unless told otherwise
+            "gradient_clipping": (f"{stage}.clip", section.clip),
+        },
+    )
+    if section.precision == "bf16":
+        tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return tree
+
+
+def filled_config(name: str, stage: str, optimizer: OptimizerSection, ours: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+    """The DeepSpeed file `name` with the numbers of the run's configuration: DeepSpeed's key -> (our key, value).
+
+    Raises:
+        UserError: the file repeats one of them with another value, or combines what does not work.
+    """
+    tree = read_deepspeed_json(name, stage)
+    for key, (own, value) in ours.items():
         if tree.get(key, "auto") not in ("auto", value):
-            raise UserError(f"{section.deepspeed}: {key} {tree[key]} contradicts {name}, which gives {value}; remove it from the file")
+            raise UserError(f"{name}: {key} {tree[key]} contradicts {own}, which gives {value}; remove it from the file")
         tree[key] = value
     for key in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp"):
         if key in tree:
-            raise UserError(f"{section.deepspeed}: {key} belongs in {stage}.{_HOME.get(key, 'precision')}; remove it from the file")
-    if section.precision == "bf16":
-        tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            raise UserError(f"{name}: {key} belongs in {stage}.{_HOME.get(key, 'precision')}; remove it from the file")
     zero = tree.setdefault("zero_optimization", {"stage": 0})
     level = zero.get("stage", 0)
-    if section.optimizer.name in ("lamb", "lars") and level > 0:
+    if optimizer.name in ("lamb", "lars") and level > 0:
         raise UserError(
-            f"{stage}.optimizer.name: {section.optimizer.name} needs whole layers and {section.deepspeed} is ZeRO {level}, "
+            f"{stage}.optimizer.name: {optimizer.name} needs whole layers and {name} is ZeRO {level}, "
             "which partitions them; use ds_configs/zero0.json, or adamw or sgd"
         )
     tree.setdefault("zero_allow_untested_optimizer", True)

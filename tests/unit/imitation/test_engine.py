@@ -12,13 +12,17 @@ from torch import Tensor
 from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.imitation.bridges import make_bridges
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.engine import Imitator, Run
+from wtn_pretrain.imitation.engine import Run
+from wtn_pretrain.imitation.imitator import Entry, Imitator
 from wtn_pretrain.imitation.pairing import pair
 from wtn_pretrain.imitation.schedules import SLOW, Phase, phases
 from wtn_pretrain.imitation.units import make_units
 from wtn_pretrain.models import BertConfig, BlockConfig, ResNetConfig
 from wtn_pretrain.models.base import flops
+from wtn_pretrain.parallel.replicas import Replicas
 from wtn_pretrain.training.config import OptimizerSection, ScheduleSection
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 BERT = BertConfig(vocab_size=29, hidden_size=8, heads=2, layers=3, max_positions=10, norm="pre", dropout=0.1, initializer_range=0.3)
 RESNET = ResNetConfig(
@@ -74,7 +78,7 @@ def setup(name: str, settings: ImitateSection) -> tuple[Imitator, BatchStream, l
     entry = bridges.get(0)
     thin.start_stem_from(wide, entry.reduce().detach() if entry else None)
     units = make_units(thin, wide, pairing, bridges, settings, (flops(thin_config), flops(wide_config)))
-    return Imitator(units, settings), stream, phases(settings, pairing.units, learns_stem=0 in bridges)
+    return Imitator(units, settings, Replicas([0], 0)), stream, phases(settings, pairing.units, learns_stem=0 in bridges)
 
 
 def run(name: str, folder: Path, settings: ImitateSection, plan: Callable[[list[Phase]], list[Phase]] = list) -> Imitator:
@@ -140,14 +144,14 @@ def test_gradients_of_a_unit_are_its_own(name: str) -> None:
     imitator.begin(phase)
     inputs = stream.micro_batch(0, 0)
     reference = copy.deepcopy(imitator.units)
-    imitator.step(phase, inputs)
+    imitator.step(phase, Entry(inputs, inputs))
     teacher = inputs
     for unit, twin in zip(imitator.units, reference, strict=True):
         target, _ = twin.teach(teacher)
         if unit.index in phase.losses:
             answer, _ = twin.answer(twin.enter(teacher, teacher, "teacher", local=True))
             own = twin.own_parameters()
-            gradients = torch.autograd.grad(twin.loss(answer, {}, target, {}), own, allow_unused=True)
+            gradients = torch.autograd.grad(twin.loss(answer, {}, target, {}).value(), own, allow_unused=True)
             for mine, expected in zip(unit.own_parameters(), gradients, strict=True):
                 torch.testing.assert_close(mine.grad, expected, atol=1e-7, rtol=1e-5)
         teacher = target
@@ -158,12 +162,12 @@ def test_joint_is_end_to_end_and_local_is_not() -> None:
     inputs = stream.micro_batch(0, 0)
     top = Phase("top", 1, (3,), {1: 1.0, 2: 1.0, 3: 1.0}, local=False)
     imitator.begin(top)
-    imitator.step(top, inputs)
+    imitator.step(top, Entry(inputs, inputs))
     assert all(parameter.grad is not None for unit in imitator.units[1:] for parameter in unit.own_parameters())
     imitator, stream, _ = setup("bert inner", section())
     local = Phase("top", 1, (3,), {3: 1.0})
     imitator.begin(local)
-    imitator.step(local, inputs)
+    imitator.step(local, Entry(inputs, inputs))
     assert all(parameter.grad is None for unit in imitator.units[:3] for parameter in unit.own_parameters())
     assert all(parameter.grad is not None for parameter in imitator.units[3].own_parameters())
 
@@ -198,9 +202,9 @@ def test_every_schedule_learns(schedule: str, loss: str, tmp_path: Path) -> None
     settings = section(schedule=schedule, loss=loss, steps=60, log_every=60, clip=0.0, optimizer=OptimizerSection(lr=0.01))
     imitator, stream, order = setup("bert inner", settings)
     batches = [stream.micro_batch(step, 0) for step in range(3)]
-    before = imitator.errors(iter(batches), 3)
+    before = imitator.errors(Entry(batch, batch) for batch in batches)
     Run(imitator, order, stream, tmp_path).go()
-    after = imitator.errors(iter(batches), 3)
+    after = imitator.errors(Entry(batch, batch) for batch in batches)
     # MobileBERT's terms compare normalised states, so the energy error falls more slowly under them
     assert sum(after) < (0.7 if loss == "energy_mse" else 0.8) * sum(before)
 

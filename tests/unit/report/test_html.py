@@ -17,6 +17,7 @@ from wtn_pretrain.report.curves import average, read_logs, thin
 from wtn_pretrain.report.html import is_run, write_index, write_report
 from wtn_pretrain.report.summary import Arm, Summary, read_summary, write_summary
 from wtn_pretrain.training.monitor import METRICS
+from wtn_pretrain.training.utilisation import UTILISATION, Use, write_utilisation
 
 Make = Callable[..., Summary]
 TOOL = Path(__file__).parents[3] / "tools" / "report.py"
@@ -141,6 +142,36 @@ def test_missing_pieces_do_not_break(run: Path, tmp_path: Path) -> None:
     assert "has not finished" in read.text and "No imitation error" in read.text and read.tags["svg"] == 3
     (tmp_path / "empty").mkdir()
     assert "No training curves" in check(write_report(tmp_path / "empty")).text
+
+
+def at_work(ranks: int) -> list[Use]:
+    """Ranks of which the second has least to do, with names that a page must not read as markup."""
+    busy = [0.93 if rank != 1 else 0.71 for rank in range(ranks)]
+    work = [{"student": share * 0.6, "teacher": share * 0.3, "optimizer": share * 0.1} for share in busy]
+    return [
+        Use(rank, f"rank {rank} (units {rank}-{rank} <b>$)", 42.0, share, 0.97 - share, 0.01, 0.02, parts)
+        for rank, (share, parts) in enumerate(zip(busy, work, strict=True))
+    ]
+
+
+def test_ranks_at_work(run: Path, tmp_path: Path) -> None:
+    assert "Ranks at work" not in check(write_report(run)).text
+    folder = tmp_path / "pipelined"
+    shutil.copytree(run / "narrow", folder / "narrow")
+    write_utilisation(folder / "narrow", at_work(4))
+    read = check(write_report(folder))
+    assert "Ranks at work" in read.text and read.tags["b"] == 0 and read.tags["svg"] == 3
+    assert read.text.count("93.0% at work") == 3 and read.text.count("71.0% at work") == 1
+    assert "rank 1 (units 1-1 <b>$)" in read.text and "waits for input" in read.text
+    assert "Bubble: 12.5% of the ranks' time, 29.0% at most (rank 1 (units 1-1 <b>$))" in read.text
+    write_utilisation(folder / "narrow", at_work(200))
+    read = check(write_report(folder))
+    assert read.text.count("% at work") == 24 and "24 of 200 ranks are shown" in read.text
+    write_utilisation(folder / "narrow", [])
+    assert "Ranks at work" not in check(write_report(folder)).text
+    (folder / "narrow" / UTILISATION).write_text("{")
+    with pytest.raises(UserError, match=rf"narrow/{UTILISATION}: "):
+        write_report(folder)
 
 
 def test_corrupt_metrics_are_named(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""One report of all ranks: a step is reported when every span has done it."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from wtn_pretrain.imitation.wiring import Wiring
+from wtn_pretrain.training.monitor import Monitor
+
+EVERY = 0.5
+"""Seconds between looks at the others."""
+
+
+class Progress:
+    """Collects what the leaders of the spans report, on rank 0, for one bar and one `metrics.jsonl`."""
+
+    def __init__(self, monitor: Monitor, wiring: Wiring, store: dist.Store, start: int, total: int, samples: int, log_every: int) -> None:
+        self._monitor, self._wiring, self._store = monitor, wiring, store
+        self._reported, self._total, self._samples, self._log_every = start, total, samples, log_every
+        self._told = self._start = start
+        self._looked = time.monotonic()
+        self._details: dict[int, dict[str, Any]] = {}
+        self._spans = len(wiring.plan.spans)
+
+    def logs(self, step: int) -> bool:
+        """Whether the losses of a step are to be reported."""
+        return step % self._log_every == 0 or step == self._total
+
+    def done(self, step: int, details: Mapping[str, Any], losses: Mapping[int, float] | None) -> None:
+        """This rank has done `step` (from 1, over all phases). `losses`: unit -> loss, at the steps that are logged."""
+        if not self._wiring.leads:
+            return
+        if losses is not None:
+            self._store.set(f"losses-{step}-{self._wiring.seat.span}", json.dumps(dict(losses)))
+        if self._wiring.seat.span == 0:
+            self._details[step] = dict(details)
+        now = time.monotonic()
+        if self._spans > 1 and losses is None and step < self._total and now - self._looked < EVERY:
+            return
+        self._looked = now
+        self._store.add(f"at-{self._wiring.seat.span}", step - self._told)
+        self._told = step
+        if self._wiring.seat.span == 0:
+            self._report()
+
+    def finish(self) -> bool:
+        """Reports what has come in since; whether all spans are through."""
+        if self._wiring.place.rank == 0:
+            self._report()
+        return self._wiring.place.rank != 0 or self._reported == self._total
+
+    def _report(self) -> None:
+        through = self._start + min(self._store.add(f"at-{span}", 0) for span in range(self._spans))
+        for step in range(self._reported + 1, through + 1):
+            values = self._details.pop(step)
+            if self.logs(step):
+                losses: dict[int, float] = {}
+                for span in range(self._spans):
+                    key = f"losses-{step}-{span}"
+                    losses |= {int(unit): value for unit, value in json.loads(self._store.get(key)).items()}
+                    self._store.delete_key(key)
+                values = {**_shown(losses, self._wiring.plan.units), **values}
+            self._monitor.step(step, values, samples=self._samples)
+        self._reported = max(self._reported, through)
+
+
+def _shown(losses: Mapping[int, float], units: int) -> dict[str, Any]:
+    values: Sequence[float | None] = [losses.get(unit) for unit in range(units)]
+    return {"loss": sum(losses.values()) / len(losses), "units": list(values)}

@@ -1,0 +1,237 @@
+"""Stage 2 from start to end: plan, teacher and student of this rank's span, bridges, the engine, and the merge."""
+
+import copy
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wtn_pretrain.compress.merge import Bridged, merge_and_check
+from wtn_pretrain.data.stream import batches
+from wtn_pretrain.device import device, to_device
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_file, write_text
+from wtn_pretrain.imitation.bridges import Bridge, bridge_kinds, enough, place_bridges, sample_teacher, start_maps
+from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
+from wtn_pretrain.imitation.config import ImitateSection
+from wtn_pretrain.imitation.engine import Run, imitation_errors, open_stream, through_leaders
+from wtn_pretrain.imitation.imitator import Imitator, Send
+from wtn_pretrain.imitation.learner import learner_config
+from wtn_pretrain.imitation.pairing import Pairing
+from wtn_pretrain.imitation.plan import Plan, check, fingerprint, parse, read, single
+from wtn_pretrain.imitation.schedules import phases
+from wtn_pretrain.imitation.units import make_units, start_from_teacher
+from wtn_pretrain.imitation.wiring import Wiring
+from wtn_pretrain.models.base import BlockConfig, BlockNetwork
+from wtn_pretrain.models.store import load_part, save_network
+from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
+from wtn_pretrain.parallel.replicas import forget_replicas
+from wtn_pretrain.planning.search import automatic
+from wtn_pretrain.tasks.base import Task, evaluate
+from wtn_pretrain.training.monitor import say
+
+SAMPLE_BATCHES = 64
+"""Batches from which bridges start, at most."""
+ERROR_BATCHES = 8
+"""Validation batches over which the error of each unit is measured at the end."""
+
+
+def choose_plan(section: ImitateSection, task: Task, thin: BlockConfig, wide: BlockConfig, pairing: Pairing, ranks: int) -> Plan:
+    """Which rank holds which units.
+
+    Raises:
+        UserError: the plan that the section names does not fit the networks or the ranks.
+    """
+    rows = section.micro_batch_size or section.batch_size
+    units = pairing.units + 1
+    if section.schedule in ("bottom_up", "joint"):
+        plan = single(units, ranks)
+    elif section.plan == "auto":
+        plan = automatic(thin, wide, pairing, (task.forward_flops(thin), task.forward_flops(wide)), section, ranks)
+    elif Path(section.plan).suffix == ".json":
+        plan = read(Path(section.plan), fingerprint(thin, wide, pairing))
+    else:
+        plan = parse(section.plan)
+    check(plan, units, ranks)
+    most = max(span.replicas for span in plan.spans)
+    if most > rows:
+        raise UserError(f"narrow.plan: {plan} splits {rows} samples over {most} ranks; raise narrow.micro_batch_size or use fewer ranks")
+    return plan
+
+
+class Narrow:
+    """Stage 2 of one seed on this rank."""
+
+    def __init__(
+        self,
+        section: ImitateSection,
+        task: Task,
+        thin: BlockConfig,
+        wide: BlockConfig,
+        pairing: Pairing,
+        teacher: Path,
+        folder: Path,
+        place: Place,
+    ) -> None:
+        """`teacher` holds the wide network, `folder` receives the thin one; both are seen by all ranks."""
+        self.section, self.task, self.thin, self.wide, self.pairing = section, task, thin, wide, pairing
+        self.teacher, self.folder, self.place = teacher, folder, place
+        self.plan = choose_plan(section, task, thin, wide, pairing, place.world_size)
+        learner_config(section, 1)
+        with torch.device("meta"):
+            self.kinds = bridge_kinds(thin.build(), wide.build(), pairing, section.bridge)
+
+    def go(self, seed: int) -> dict[str, Any] | None:
+        """Imitates and, on the first rank, merges; what the stage reports there, None elsewhere."""
+        section = self.section
+        wire = torch.bfloat16 if section.wire == "bf16" else None
+        wiring = Wiring(self.plan, self.place, section.micro_batch_size or section.batch_size, wire)
+        if self.place.world_size > 1:
+            say(f"narrow: plan {self.plan}")
+        stream = open_stream(self.task.train, section, seed, part=wiring.part, workers=self.task.workers)
+        wide = self._part(wiring)
+        thin = self._student(seed, wiring)
+        store = shared_store(self.place)
+        bridges = self._bridges(seed, wiring, wide, store)
+        learns_stem = self.kinds[0] is not None
+        if wiring.span.first == 0:
+            entry = bridges.get(0)
+            thin.start_stem_from(wide, entry.reduce().detach() if entry else None)
+        counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide)
+        units = make_units(thin, wide, self.pairing, bridges, section, counts, wiring.span.units)
+        if section.init == "matching":
+            for unit in units:
+                if unit.index:
+                    start_from_teacher(unit)
+        imitator = Imitator(units, section, wiring.replicas)
+        run = Run(imitator, phases(section, self.pairing.units, learns_stem), stream, self.folder, wiring)
+        position = run.go()
+        errors = imitation_errors(imitator, wiring, batches(self.task.valid, section.batch_size), ERROR_BATCHES)
+        imitator.close()
+        forget_replicas()
+        if wiring.leads:
+            store.set(f"errors-{wiring.seat.span}", json.dumps(errors))
+        if self.place.rank:
+            return None
+        return self._assemble(run.checkpoints, position, self._collected(store))
+
+    def _part(self, wiring: Wiring) -> BlockNetwork:
+        """The wide network of which only this span's modules are there."""
+        parts = ["stem"] if wiring.span.first == 0 else []
+        for unit in wiring.span.units:
+            if unit:
+                parts += [f"blocks.{block}" for block in self.pairing.blocks_of(unit)[1]]
+        return load_part(self.teacher, parts).requires_grad_(False)._apply(_to_here)
+
+    def _student(self, seed: int, wiring: Wiring) -> BlockNetwork:
+        """The thin network of which only this span's modules are there, the same under every plan."""
+        torch.manual_seed(seed)
+        thin = self.thin.build()
+        mine = {block for unit in wiring.span.units if unit for block in self.pairing.blocks_of(unit)[0]}
+        for number, block in enumerate(thin.blocks):
+            if number not in mine:
+                block.to("meta")
+        if wiring.span.first:
+            thin.stem.to("meta")
+        thin.head.to("meta")
+        return thin._apply(_to_here)
+
+    def _bridges(self, seed: int, wiring: Wiring, wide: BlockNetwork, store: torch.distributed.Store) -> dict[int, Bridge]:
+        """The bridges of this rank's units, made on the first rank from what the leaders of all spans have sampled."""
+        if not any(self.kinds):
+            return {}
+        place = self.folder / "start"
+        stream = open_stream(self.task.train, self.section, seed)
+        if wiring.leads:
+            data = enough((stream.micro_batch(step, 0) for step in range(SAMPLE_BATCHES)), wide, self.pairing)
+
+            def sample(entries: Any, send: Send | None) -> dict[int, Tensor]:
+                flows = (entry.teacher for entry in entries)
+                forward = None if send is None else lambda carry: send(carry, None, None)
+                return sample_teacher(wide, self.pairing, wiring.span.units, flows, forward)
+
+            samples = through_leaders(wiring, data, SAMPLE_BATCHES, self.section.in_flight, sample)
+            write_file(place / f"samples-{wiring.seat.span}.pt", lambda file: torch.save(samples, file))
+            store.add("sampled", 1)
+        if self.place.rank == 0:
+            wait_for_rank(lambda: store.add("sampled", 0) == len(self.plan.spans))
+            samples = {}
+            for span in range(len(self.plan.spans)):
+                samples |= torch.load(place / f"samples-{span}.pt", map_location=device(), weights_only=True)
+            with torch.device("meta"):
+                thin = self.thin.build()
+            maps = start_maps(thin, self.pairing, self.kinds, samples)
+            save_file({str(boundary): start.cpu().clone() for boundary, start in maps.items()}, place / "bridges.safetensors")
+            store.add("bridges", 1)
+        wait_for_rank(lambda: store.add("bridges", 0) > 0)
+        maps = {int(boundary): start.to(device()) for boundary, start in load_file(place / "bridges.safetensors").items()}
+        if store.add("read", 1) == self.place.world_size:
+            shutil.rmtree(place)
+        mine = {self.pairing.student[unit] for unit in wiring.span.units}
+        below = {self.pairing.student[wiring.span.first - 1]} if wiring.span.first else set()
+        return place_bridges({boundary: start for boundary, start in maps.items() if boundary in mine | below}, self.pairing, self.kinds)
+
+    def _collected(self, store: torch.distributed.Store) -> list[float]:
+        errors: dict[int, float] = {}
+        for span in range(len(self.plan.spans)):
+            wait_for_rank(partial(store.check, [f"errors-{span}"]))
+            errors |= {int(unit): value for unit, value in json.loads(store.get(f"errors-{span}")).items()}
+        return [errors[unit] for unit in sorted(errors)]
+
+    def _assemble(self, checkpoints: Checkpoints, position: Position, errors: list[float]) -> dict[str, Any]:
+        """The whole thin network from every unit's last state; its head from the wide one's; merged, measured and written."""
+        wait_for_rank(lambda: checkpoints.latest() == position)
+        wide = load_part(self.teacher, ["head"])._apply(_to_here)
+        thin = self.thin.build().to(device())
+        counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide)
+        states = [checkpoints.unit(position, unit) for unit in range(self.pairing.units + 1)]
+        maps = {self.pairing.student[unit]: state["exit.expand"] for unit, state in enumerate(states) if "exit.expand" in state}
+        bridges = place_bridges(maps, self.pairing, self.kinds)
+        for unit, state in zip(make_units(thin, wide, self.pairing, bridges, self.section, counts), states, strict=True):
+            unit.load_own_state(state)
+        top = bridges.get(len(thin.blocks))
+        thin.start_head_from(wide, top.expand.detach() if top else None, top.reduce().detach() if top else None)
+        merged, report = self._merge(Bridged(thin, bridges))
+        score = evaluate(merged, self.task)
+        if bridges:
+            state = {
+                f"{boundary}.{name}": value.detach().cpu()
+                for boundary, bridge in bridges.items()
+                for name, value in bridge.state_dict().items()
+            }
+            save_file(state, self.folder / "bridges.safetensors")
+        write_text(self.folder / "merge.json", json.dumps(report, indent=2) + "\n")
+        save_network(self.folder, self.thin, merged.state_dict())
+        work = checkpoints.spent(position)
+        return {
+            **score,
+            "steps": self.section.steps,
+            "seconds": work.seconds,
+            "flops": work.teacher_flops + work.student_flops,
+            "teacher_flops": work.teacher_flops,
+            "imitation_error": errors,
+            "plan": str(self.plan),
+        }
+
+    def _merge(self, bridged: Bridged) -> tuple[BlockNetwork, dict[str, Any]]:
+        """The merged network, and how far it is from the bridged one in fp32 and fp64 on real inputs."""
+        inputs = to_device(next(batches(self.task.valid, 32)))
+        head = self.task.positions(inputs)
+        merged = merge_and_check(bridged, inputs, **head)
+        double = copy.deepcopy(bridged).double()
+        wide_inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+        exact = merge_and_check(double, wide_inputs, **head)
+        kinds = {
+            boundary: "free" if bridge.free else "constrained" for boundary, bridge in ((int(n), b) for n, b in bridged.bridges.items())
+        }
+        report = {"bridges": kinds, "difference_fp32": merged.difference, "difference_fp64": exact.difference}
+        return merged.network, report
+
+
+def _to_here(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.to(device())

@@ -1,0 +1,1 @@
+"""Which spans and replicas are fastest, how fast, and in how much memory: answered without running."""

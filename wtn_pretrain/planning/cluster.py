@@ -1,0 +1,118 @@
+"""The machines a plan is for: ranks, nodes, links and memory, declared or measured."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from wtn_pretrain.device import device
+
+
+class Link(NamedTuple):
+    """A connection that one rank has to others."""
+
+    bandwidth: float
+    """Bytes a second, each way at once."""
+    latency: float
+    """Seconds a message takes beside its bytes."""
+
+    def seconds(self, size: np.ndarray | float) -> np.ndarray | float:
+        return self.latency + size / self.bandwidth
+
+
+class Cluster(NamedTuple):
+    """`ranks` in order on nodes of `per_node`; every rank has its own links, which carry beside its computation."""
+
+    ranks: int
+    per_node: int
+    inside: Link
+    """Between ranks of one node."""
+    between: Link
+    """Between ranks of different nodes."""
+    memory: float = math.inf
+    """Bytes a rank may hold."""
+    base: int = 0
+    """Bytes that a process holds before any network is built."""
+    reduce: float = 1.0
+    """Bandwidth of an all-reduce as a share of the link's (on the CPU summing takes time of its own)."""
+    hidden: float = 1.0
+    """Share of a relay that costs the computation nothing; on the CPU, copying takes some of it."""
+
+    def all_reduce(self, size: np.ndarray | float, replicas: np.ndarray, crosses: bool) -> np.ndarray:
+        """Seconds of a ring over `replicas` ranks for `size` bytes on each; slow where it crosses nodes."""
+        link = self.between if crosses else self.inside
+        return 2 * (replicas - 1) * (size / replicas / (link.bandwidth * self.reduce) + link.latency)
+
+    def node(self, rank: int) -> int:
+        return rank // self.per_node
+
+    def sized(self, ranks: int) -> Self:
+        """The same machines, `ranks` of them."""
+        return self._replace(ranks=ranks)
+
+
+def data_centre(ranks: int) -> Cluster:
+    """Accelerators on nodes of 8: 200 GB/s and 5 us within, 25 GB/s and 10 us between nodes; 80 GB, 1 GB of it the process's own."""
+    return Cluster(ranks, 8, Link(200e9, 5e-6), Link(25e9, 1e-5), memory=80e9, base=1_000_000_000)
+
+
+def cores(ranks: int) -> Cluster:
+    """Cores of one machine over gloo: 1 GB/s and 0.1 ms, no limit of memory, 0.5 GB the process's own."""
+    link = Link(1e9, 1e-4)
+    return Cluster(ranks, ranks, link, link, base=500_000_000, reduce=0.5, hidden=0.5)
+
+
+def usual(ranks: int) -> Cluster:
+    """What is assumed where nothing is declared, by this kind of device."""
+    return (cores if device().type == "cpu" else data_centre)(ranks)
+
+
+def measure_link(size: int = 1 << 24, repeats: int = 5) -> tuple[Link, float]:
+    """The link between ranks 0 and 1 of the running process group, and the all-reduce's share of its bandwidth.
+
+    Every rank calls it and gets the same answer; two sizes tell bandwidth from latency, the fastest of `repeats` counts.
+    """
+    here = torch.device("cpu") if dist.get_backend() == "gloo" else device()
+    rank = dist.get_rank()
+
+    def there_and_back(count: int, times: int) -> float:
+        tensor = torch.zeros(count, dtype=torch.uint8, device=here)
+
+        def once() -> None:
+            if rank == 0:
+                dist.send(tensor, 1)
+                dist.recv(tensor, 1)
+            elif rank == 1:
+                dist.recv(tensor, 0)
+                dist.send(tensor, 0)
+
+        return _timed(once, times) / 2
+
+    small, large = there_and_back(1, 10 * repeats), there_and_back(size, repeats)
+    tensor = torch.zeros(size // 4, device=here)
+    together = _timed(lambda: dist.all_reduce(tensor), repeats)
+    # on a machine that others use, a byte may have taken as long as many
+    bandwidth = size / max(large - small, large / 2)
+    ranks = dist.get_world_size()
+    share = 2 * (ranks - 1) / ranks * size / bandwidth / max(together - 2 * (ranks - 1) * small, together / 2)
+    answer = torch.tensor([bandwidth, small, share], dtype=torch.float64, device=here)
+    dist.broadcast(answer, 0)
+    bandwidth, small, share = answer.tolist()
+    return Link(bandwidth, small), share
+
+
+def _timed(work: Callable[[], object], repeats: int) -> float:
+    work()
+    seconds = []
+    for _ in range(repeats):
+        dist.barrier()
+        began = time.perf_counter()
+        work()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
