@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import Store
 
 from wtn_pretrain.compress.merge import Bridged, merge_and_check
 from wtn_pretrain.data.stream import batches
@@ -22,6 +24,7 @@ from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.engine import Run, imitation_errors, open_stream, through_leaders
 from wtn_pretrain.imitation.imitator import Imitator, Send
 from wtn_pretrain.imitation.learner import learner_config
+from wtn_pretrain.imitation.observer import Observer
 from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.imitation.plan import Plan, check, fingerprint, parse, read, single
 from wtn_pretrain.imitation.schedules import phases
@@ -31,12 +34,19 @@ from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.models.store import load_part, save_network
 from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
 from wtn_pretrain.parallel.replicas import forget_replicas
+from wtn_pretrain.parallel.watch import Watch
 from wtn_pretrain.planning.search import automatic
 from wtn_pretrain.tasks.base import Task, evaluate
 from wtn_pretrain.training.monitor import say
+from wtn_pretrain.training.trace import Trace, merge
+from wtn_pretrain.training.utilisation import bubble, utilisation, write_utilisation
 
 SAMPLE_BATCHES = 64
 """Batches from which bridges start, at most."""
+LOAD, MERGE = 1800.0, 3600.0
+"""Seconds that loading networks and merging and evaluating them may take before a rank counts as lost."""
+SETTLE = 3
+"""Steps at either end that the utilisation leaves out."""
 ERROR_BATCHES = 8
 """Validation batches over which the error of each unit is measured at the end."""
 
@@ -86,39 +96,67 @@ class Narrow:
         with torch.device("meta"):
             self.kinds = bridge_kinds(thin.build(), wide.build(), pairing, section.bridge)
 
-    def go(self, seed: int) -> dict[str, Any] | None:
-        """Imitates and, on the first rank, merges; what the stage reports there, None elsewhere."""
+    def go(self, seed: int, finish: Callable[[dict[str, Any]], object]) -> None:
+        """Imitates on all ranks; the first one merges and gives what the stage reports to `finish`, for which the others wait."""
+        names = [_name(self.plan, rank) for rank in range(self.place.world_size)]
+        trace = Trace(self.place.rank, names[self.place.rank], enabled=self.section.trace)
+        with Watch(self.place, names, self.section.patience) as watch:
+            if self.place.world_size > 1:
+                say(f"narrow: plan {self.plan}")
+            observer = Observer(watch, trace)
+            store = shared_store(self.place)
+            self._imitate(seed, observer, store)
+            self._merge_traces(trace, observer, store)
+            if self.place.rank == 0:
+                with observer.allow(MERGE, "merge"):
+                    finish(self._assemble(observer, store))
+                store.set("finished", "yes")
+            with observer.waiting(0):
+                wait_for_rank(lambda: store.check(["finished"]))
+
+    def _imitate(self, seed: int, observer: Observer, store: Store) -> None:
         section = self.section
-        wire = torch.bfloat16 if section.wire == "bf16" else None
-        wiring = Wiring(self.plan, self.place, section.micro_batch_size or section.batch_size, wire)
-        if self.place.world_size > 1:
-            say(f"narrow: plan {self.plan}")
-        stream = open_stream(self.task.train, section, seed, part=wiring.part, workers=self.task.workers)
-        wide = self._part(wiring)
-        thin = self._student(seed, wiring)
-        store = shared_store(self.place)
-        bridges = self._bridges(seed, wiring, wide, store)
-        learns_stem = self.kinds[0] is not None
+        rows, wire = section.micro_batch_size or section.batch_size, torch.bfloat16 if section.wire == "bf16" else None
+        with observer.waiting():
+            wiring = Wiring(self.plan, self.place, rows, wire)
+        with observer.allow(LOAD, "load"):
+            wide = self._part(wiring)
+            thin = self._student(seed, wiring)
+            stream = open_stream(self.task.train, section, seed, part=wiring.part, workers=self.task.workers)
+            counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide)
+        bridges = self._bridges(seed, wiring, wide, observer, store)
         if wiring.span.first == 0:
             entry = bridges.get(0)
             thin.start_stem_from(wide, entry.reduce().detach() if entry else None)
-        counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide)
         units = make_units(thin, wide, self.pairing, bridges, section, counts, wiring.span.units)
         if section.init == "matching":
             for unit in units:
                 if unit.index:
                     start_from_teacher(unit)
-        imitator = Imitator(units, section, wiring.replicas)
-        run = Run(imitator, phases(section, self.pairing.units, learns_stem), stream, self.folder, wiring)
-        position = run.go()
+        imitator = Imitator(units, section, wiring.replicas, observer)
+        order = phases(section, self.pairing.units, learns_stem=self.kinds[0] is not None)
+        position = Run(imitator, order, stream, self.folder, wiring).go()
         errors = imitation_errors(imitator, wiring, batches(self.task.valid, section.batch_size), ERROR_BATCHES)
         imitator.close()
         forget_replicas()
         if wiring.leads:
-            store.set(f"errors-{wiring.seat.span}", json.dumps(errors))
+            store.set(f"errors-{wiring.seat.span}", json.dumps({"position": position, "errors": errors}))
+
+    def _merge_traces(self, trace: Trace, observer: Observer, store: Store) -> None:
+        """Joins what all ranks have recorded to one trace, and says how busy they were."""
+        if not self.section.trace:
+            return
+        trace.write(self.folder)
+        store.add("traced", 1)
         if self.place.rank:
-            return None
-        return self._assemble(run.checkpoints, position, self._collected(store))
+            return
+        with observer.waiting():
+            wait_for_rank(lambda: store.add("traced", 0) == self.place.world_size)
+        path = merge(self.folder, self.place.world_size)
+        uses = utilisation(json.loads(path.read_text(encoding="utf-8"))["traceEvents"], settle=SETTLE)
+        if uses:
+            write_utilisation(self.folder, uses)
+            say(f"narrow: idle {100 * bubble(uses):.1f}% of the steady part; {path} opens in ui.perfetto.dev")
 
     def _part(self, wiring: Wiring) -> BlockNetwork:
         """The wide network of which only this span's modules are there."""
@@ -141,7 +179,7 @@ class Narrow:
         thin.head.to("meta")
         return thin._apply(_to_here)
 
-    def _bridges(self, seed: int, wiring: Wiring, wide: BlockNetwork, store: torch.distributed.Store) -> dict[int, Bridge]:
+    def _bridges(self, seed: int, wiring: Wiring, wide: BlockNetwork, observer: Observer, store: Store) -> dict[int, Bridge]:
         """The bridges of this rank's units, made on the first rank from what the leaders of all spans have sampled."""
         if not any(self.kinds):
             return {}
@@ -155,20 +193,23 @@ class Narrow:
                 forward = None if send is None else lambda carry: send(carry, None, None)
                 return sample_teacher(wide, self.pairing, wiring.span.units, flows, forward)
 
-            samples = through_leaders(wiring, data, SAMPLE_BATCHES, self.section.in_flight, sample)
+            samples = through_leaders(wiring, data, SAMPLE_BATCHES, self.section.in_flight, observer, sample)
             write_file(place / f"samples-{wiring.seat.span}.pt", lambda file: torch.save(samples, file))
             store.add("sampled", 1)
         if self.place.rank == 0:
-            wait_for_rank(lambda: store.add("sampled", 0) == len(self.plan.spans))
-            samples = {}
-            for span in range(len(self.plan.spans)):
-                samples |= torch.load(place / f"samples-{span}.pt", map_location=device(), weights_only=True)
-            with torch.device("meta"):
-                thin = self.thin.build()
-            maps = start_maps(thin, self.pairing, self.kinds, samples)
-            save_file({str(boundary): start.cpu().clone() for boundary, start in maps.items()}, place / "bridges.safetensors")
+            with observer.waiting():
+                wait_for_rank(lambda: store.add("sampled", 0) == len(self.plan.spans))
+            with observer.allow(LOAD, "bridges"):
+                samples = {}
+                for span in range(len(self.plan.spans)):
+                    samples |= torch.load(place / f"samples-{span}.pt", map_location=device(), weights_only=True)
+                with torch.device("meta"):
+                    thin = self.thin.build()
+                maps = start_maps(thin, self.pairing, self.kinds, samples)
+                save_file({str(boundary): start.cpu().clone() for boundary, start in maps.items()}, place / "bridges.safetensors")
             store.add("bridges", 1)
-        wait_for_rank(lambda: store.add("bridges", 0) > 0)
+        with observer.waiting(0):
+            wait_for_rank(lambda: store.add("bridges", 0) > 0)
         maps = {int(boundary): start.to(device()) for boundary, start in load_file(place / "bridges.safetensors").items()}
         if store.add("read", 1) == self.place.world_size:
             shutil.rmtree(place)
@@ -176,16 +217,16 @@ class Narrow:
         below = {self.pairing.student[wiring.span.first - 1]} if wiring.span.first else set()
         return place_bridges({boundary: start for boundary, start in maps.items() if boundary in mine | below}, self.pairing, self.kinds)
 
-    def _collected(self, store: torch.distributed.Store) -> list[float]:
-        errors: dict[int, float] = {}
-        for span in range(len(self.plan.spans)):
-            wait_for_rank(partial(store.check, [f"errors-{span}"]))
-            errors |= {int(unit): value for unit, value in json.loads(store.get(f"errors-{span}")).items()}
-        return [errors[unit] for unit in sorted(errors)]
-
-    def _assemble(self, checkpoints: Checkpoints, position: Position, errors: list[float]) -> dict[str, Any]:
+    def _assemble(self, observer: Observer, store: Store) -> dict[str, Any]:
         """The whole thin network from every unit's last state; its head from the wide one's; merged, measured and written."""
-        wait_for_rank(lambda: checkpoints.latest() == position)
+        errors: dict[int, float] = {}
+        with observer.waiting():
+            for span in range(len(self.plan.spans)):
+                wait_for_rank(partial(store.check, [f"errors-{span}"]))
+                told = json.loads(store.get(f"errors-{span}"))
+                errors |= {int(unit): value for unit, value in told["errors"].items()}
+        position = Position(*told["position"])
+        checkpoints = Checkpoints(self.folder / "checkpoints")
         wide = load_part(self.teacher, ["head"])._apply(_to_here)
         thin = self.thin.build().to(device())
         counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide)
@@ -214,7 +255,7 @@ class Narrow:
             "seconds": work.seconds,
             "flops": work.teacher_flops + work.student_flops,
             "teacher_flops": work.teacher_flops,
-            "imitation_error": errors,
+            "imitation_error": [errors[unit] for unit in sorted(errors)],
             "plan": str(self.plan),
         }
 
@@ -231,6 +272,14 @@ class Narrow:
         }
         report = {"bridges": kinds, "difference_fp32": merged.difference, "difference_fp64": exact.difference}
         return merged.network, report
+
+
+def _name(plan: Plan, rank: int) -> str:
+    """What a rank is called when it is to blame."""
+    seat = plan.seat(rank)
+    span = plan.spans[seat.span]
+    units = f"units {span.first}-{span.last}" if span.last > span.first else f"unit {span.first}"
+    return f"rank {rank} ({units}{f', replica {seat.replica + 1} of {span.replicas}' if span.replicas > 1 else ''})"
 
 
 def _to_here(tensor: Tensor) -> Tensor:

@@ -83,12 +83,8 @@ class Stages:
                 f"{teacher}: holds a network of another shape than this run's wide one; train it again under another --run.name"
             )
         stage = Narrow(self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place)
-        result = stage.go(seed)
-        if result is not None:
-            self.folder.finish(folder, result)
-        # the next stage of any rank starts from what the first one has written
-        wait_for_all(self.place)
-        return result or self.folder.result(folder) or {}
+        stage.go(seed, lambda result: self.folder.finish(folder, result))
+        return self.folder.result(folder) or {}
 
     def _train(
         self,

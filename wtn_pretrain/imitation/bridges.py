@@ -131,9 +131,7 @@ def sample_teacher(
     return {unit: torch.cat(taken) for unit, taken in samples.items()}
 
 
-def enough(
-    batches: Iterable[dict[str, Tensor]], wide: BlockNetwork, pairing: Pairing, rows: int = ROWS
-) -> Iterator[dict[str, Tensor]]:
+def enough(batches: Iterable[dict[str, Tensor]], wide: BlockNetwork, pairing: Pairing, rows: int = ROWS) -> Iterator[dict[str, Tensor]]:
     """As many of `batches` as give `rows` activations at every boundary."""
     shapes = [boundary_shapes(wide.config)[block] for block in pairing.teacher]
     # positions of a sample: all axes but the carried width, which is the last of a sequence [S, D] and the first of an image [C, Y, X]

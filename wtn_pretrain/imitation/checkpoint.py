@@ -16,7 +16,7 @@ from wtn_pretrain.device import device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_file, write_text
 from wtn_pretrain.imitation.imitator import Imitator, Work
-from wtn_pretrain.imitation.learner import zero_stage
+from wtn_pretrain.imitation.learner import Learner, zero_stage
 from wtn_pretrain.imitation.wiring import Wiring
 
 LATEST = "latest.json"
@@ -37,25 +37,28 @@ class Position(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one rank's run in `folder`, which all ranks share."""
+    """The checkpoints of a run in `folder`, which all ranks share."""
 
-    def __init__(self, folder: Path, wiring: Wiring, arrived: Callable[[str], int]) -> None:
-        """`arrived` counts, over all ranks, how often it was called with a name."""
-        self.folder, self.wiring, self._arrived = folder, wiring, arrived
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def save(self, phase: int, step: int, imitator: Imitator) -> None:
-        """Writes this rank's part. Raises UserError if the place cannot be written; the checkpoint before it is kept."""
+    def save(self, phase: int, step: int, imitator: Imitator, wiring: Wiring, arrived: Callable[[str], int]) -> None:
+        """Writes this rank's part; `arrived` counts, over all ranks, how often it was called with a name.
+
+        Raises:
+            UserError: the place cannot be written; the checkpoint before it is kept.
+        """
         learners = imitator.learning
-        position = Position(phase, step, str(self.wiring.plan), zero_stage(imitator.section))
+        position = Position(phase, step, str(wiring.plan), zero_stage(imitator.section))
         place = self.folder / position.name
-        if self.wiring.leads:
+        if wiring.leads:
             for unit in imitator.units:
                 self._write(place / f"unit-{unit.index:04d}.pt", unit.own_state())
         for learner in learners:
-            if self.wiring.leads or learner.zero:
-                self._write(place / self._optimizer(learner.units[0].index, learner.zero), learner.state())
-        write_text(place / f"work-{self.wiring.place.rank}.json", json.dumps(vars(imitator.work)))
-        if self._arrived(position.name) == self.wiring.place.world_size:
+            if wiring.leads or learner.zero:
+                self._write(place / _optimizer(learner, imitator.replicas.index), learner.state())
+        write_text(place / f"work-{wiring.place.rank}.json", json.dumps(vars(imitator.work)))
+        if arrived(position.name) == wiring.place.world_size:
             write_text(self.folder / LATEST, json.dumps(position._asdict()))
             for old in self.folder.iterdir():
                 # those that a faster rank has begun to write come later
@@ -72,23 +75,20 @@ class Checkpoints:
         except (ValueError, TypeError):
             raise UserError(f"{path}: is damaged; remove {self.folder} to start narrow again") from None
 
-    def restore(self, position: Position, imitator: Imitator) -> None:
-        """Loads the units of this rank's span, and what all of this has cost so far."""
+    def restore(self, position: Position, imitator: Imitator, first: bool) -> None:
+        """Loads the units of this rank's span; `first`: on rank 0, also what all of this has cost so far."""
         place = self.folder / position.name
         for unit in imitator.units:
             unit.load_own_state(self._read(place / f"unit-{unit.index:04d}.pt"))
-        spent = [json.loads(path.read_text(encoding="utf-8")) for path in place.glob("work-*.json")]
-        imitator.work = Work(seconds=max((work["seconds"] for work in spent), default=0.0))
-        if self.wiring.place.rank == 0:
-            # from here on the first rank carries what was spent before, under whatever plan
-            imitator.work.teacher_flops = sum(work["teacher_flops"] for work in spent)
-            imitator.work.student_flops = sum(work["student_flops"] for work in spent)
+        spent = self.spent(position)
+        # from here on the first rank carries what was spent before, under whatever plan
+        imitator.work = spent if first else Work(spent.seconds)
 
     def restore_optimizers(self, position: Position, imitator: Imitator) -> None:
         """Loads the moments, once the phase of `position` has begun."""
         place = self.folder / position.name
         for learner in imitator.learning:
-            learner.load_state(self._read(place / self._optimizer(learner.units[0].index, learner.zero)))
+            learner.load_state(self._read(place / _optimizer(learner, imitator.replicas.index)))
 
     def unit(self, position: Position, index: int) -> dict[str, Tensor]:
         """The state of one unit, on this rank's device."""
@@ -102,9 +102,6 @@ class Checkpoints:
             sum(part["teacher_flops"] for part in parts),
             sum(part["student_flops"] for part in parts),
         )
-
-    def _optimizer(self, first: int, zero: int) -> str:
-        return f"optimizer-{first:04d}" + (f".replica-{self.wiring.seat.replica}" if zero else "") + ".pt"
 
     @staticmethod
     def _write(path: Path, state: dict[str, Any]) -> None:
@@ -121,6 +118,10 @@ class Checkpoints:
             raise UserError(
                 f"{path}: cannot be read ({type(error).__name__}); remove {path.parent.parent} to start the stage again"
             ) from None
+
+
+def _optimizer(learner: Learner, replica: int) -> str:
+    return f"optimizer-{learner.units[0].index:04d}" + (f".replica-{replica}" if learner.zero else "") + ".pt"
 
 
 def _order(name: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.imitator import Entry, Imitator, Send
 from wtn_pretrain.imitation.learner import zero_stage
+from wtn_pretrain.imitation.observer import Observer
 from wtn_pretrain.imitation.plan import single
 from wtn_pretrain.imitation.progress import Progress
 from wtn_pretrain.imitation.schedules import Phase
@@ -28,6 +29,9 @@ from wtn_pretrain.models.base import Carry, Flow
 from wtn_pretrain.parallel.launch import Place, shared_store
 from wtn_pretrain.parallel.relay import Inbox, Outbox
 from wtn_pretrain.training.monitor import Monitor
+
+START, SAVE = 300.0, 600.0
+"""Seconds that the start of a phase (optimizers are made) and a checkpoint may take before a rank counts as lost."""
 
 
 def open_stream(
@@ -56,12 +60,13 @@ class Run:
         """`stream` gives this rank's rows of the micro-batches; only the ranks of the first span read it."""
         self.imitator, self.phases, self.stream, self.folder, self.stage = imitator, phases, stream, folder, stage
         self.wiring = wiring or Wiring(single(len(imitator.units)), Place(0, 1), stream.micro_batch_size)
-        self._observe = imitator.observe
+        self._observer = imitator.observer
         self.total = sum(phase.steps for phase in phases)
         section = imitator.section
         self.every = section.checkpoint_every or max(1, self.total // 10)
         store = shared_store(self.wiring.place)
-        self.checkpoints = Checkpoints(folder / "checkpoints", self.wiring, lambda name: store.add(f"saved-{name}", 1))
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self._arrived = lambda name: store.add(f"saved-{name}", 1)
         self.position = self.checkpoints.latest()
         self.first_phase, self.first_step = 0, 0
         if self.position:
@@ -72,18 +77,19 @@ class Run:
 
     def go(self) -> Position:
         """Runs what is left of the schedule; where its last checkpoint stands."""
-        outbox = Outbox(self.wiring.above, self.imitator.section.in_flight, self._observe) if self.wiring.above else None
+        outbox = Outbox(self.wiring.above, self.imitator.section.in_flight, self._observer.lane) if self.wiring.above else None
         for number in range(self.first_phase, len(self.phases)):
             phase = self.phases[number]
             before = sum(earlier.steps for earlier in self.phases[:number])
             start = self.first_step if number == self.first_phase else 0
-            self.imitator.begin(phase)
+            with self._observer.allow(START, "start"):
+                self.imitator.begin(phase)
             if start and self.position is not None:
                 self.checkpoints.restore_optimizers(self.position, self.imitator)
             if phase.cached and number and not start:
                 # this unit gives up the activations that the one below started from: no start may go back there
-                self.checkpoints.save(number, 0, self.imitator)
-            run = self._cached(phase, number, start) if phase.cached else self._streamed(phase, before, start, outbox)
+                self._save(number, 0)
+            run = self._cached(phase, before, start) if phase.cached else self._streamed(phase, before, start, outbox)
             began = time.monotonic()
             sums: list[Tensor] = []
             rate = 0.0
@@ -100,54 +106,61 @@ class Run:
                 values = self._losses(phase, before + done, sums) if reported or saving or done == phase.steps else {}
                 self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None)
                 if saving:
-                    self.checkpoints.save(number, done, self.imitator)
+                    self._save(number, done)
                 began = time.monotonic()
             self.imitator.work.seconds += time.monotonic() - began
         if outbox is not None:
-            outbox.close()
-        while not self.progress.finish():
-            self._wait()
+            assert self.wiring.above is not None
+            with self._observer.output(self.wiring.above.ranks):
+                outbox.close()
+        with self._observer.waiting():
+            while not self.progress.finish():
+                time.sleep(0.02)
         self.monitor.close()
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         last = len(self.phases) - 1
         return Position(last, self.phases[last].steps, str(self.wiring.plan), zero_stage(self.imitator.section))
 
-    @staticmethod
-    def _wait() -> None:
-        time.sleep(0.02)
+    def _save(self, phase: int, step: int) -> None:
+        with self._observer.allow(SAVE, "save"):
+            self.checkpoints.save(phase, step, self.imitator, self.wiring, self._arrived)
 
     def _streamed(self, phase: Phase, before: int, start: int, outbox: Outbox | None) -> Iterator[list[Tensor]]:
         """The micro-batches of a phase, as they come from the data or from the span below."""
         send: Send | None = None
-        if outbox is not None:
-            box = outbox
+        if outbox is not None and (above := self.wiring.above) is not None:
 
             def send(teacher: Carry | None, student: Carry | None, expand: Tensor | None) -> None:
-                with self._observe("wait to send"):
-                    box.put(pack(teacher, student, expand))
+                with self._observer.output(above.ranks):
+                    outbox.put(pack(teacher, student, expand))
 
         for entry in self._entries(phase, before, start):
             yield self.imitator.step(phase, entry, send)
 
     def _entries(self, phase: Phase, before: int, start: int) -> Iterator[Entry]:
-        if self.wiring.below is None:
+        """What enters the span, micro-batch after micro-batch."""
+        below, accumulation = self.wiring.below, self.stream.accumulation
+        if below is None:
             steps = self.stream.iterate(before + start, before + phase.steps)
-            while (micro_batches := self._next(steps)) is not None:
-                for batch in micro_batches:
+            for step in range(before + start, before + phase.steps):
+                self._observer.step = step + 1
+                for batch in self._next(steps):
                     flow = to_device(batch)
                     yield Entry(flow, flow)
             return
-        inbox = Inbox(self.wiring.below, (phase.steps - start) * self.stream.accumulation, self.imitator.section.in_flight, self._observe)
-        for _ in range((phase.steps - start) * self.stream.accumulation):
-            with self._observe("wait to receive"):
+        count = (phase.steps - start) * accumulation
+        inbox = Inbox(below, count, self.imitator.section.in_flight, self._observer.lane)
+        for micro in range(count):
+            self._observer.step = before + start + micro // accumulation + 1
+            with self._observer.input(below.ranks):
                 message = inbox.take()
             yield Entry(*unpack(message))
 
-    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
-        with self._observe("data"):
-            return next(steps, None)
+    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
+        with self._observer.work("data"):
+            return next(steps)
 
-    def _cached(self, phase: Phase, number: int, start: int) -> Iterator[list[Tensor]]:
+    def _cached(self, phase: Phase, before: int, start: int) -> Iterator[list[Tensor]]:
         """Steps of one unit on stored activations. Each teacher unit sees each batch once; the units below are not run again."""
         (index,) = phase.losses
         unit = self.imitator.units[index]
@@ -158,6 +171,7 @@ class Run:
         target_store = ActivationStore(self._place("teacher", index), batches)
         kept = index < len(self.imitator.units) - 1 or batches < phase.steps * accumulation
         for micro in range(start * accumulation, phase.steps * accumulation):
+            self._observer.step = before + micro // accumulation + 1
             position = micro % batches
             teacher = self._flow(teacher_in, position)
             student = teacher if fed_by_one else self._flow(student_in, position)
@@ -244,7 +258,7 @@ class Run:
                 f"{self.checkpoints.folder}: written under ZeRO {position.zero}, and this run has ZeRO {zero}; start it as before, "
                 f"or remove the folder to start {self.stage} again"
             )
-        self.checkpoints.restore(position, self.imitator)
+        self.checkpoints.restore(position, self.imitator, first=self.wiring.place.rank == 0)
         self.first_phase, self.first_step = position.phase, position.step
 
 
@@ -255,32 +269,51 @@ def imitation_errors(imitator: Imitator, wiring: Wiring, batches: Iterator[Batch
     """
     if not wiring.leads:
         return {}
-    errors = through_leaders(wiring, batches, limit, imitator.section.in_flight, imitator.errors)
+    errors = through_leaders(wiring, batches, limit, imitator.section.in_flight, imitator.observer, imitator.errors)
     return dict(zip((unit.index for unit in imitator.units), errors, strict=True))
 
 
 def through_leaders(
-    wiring: Wiring, batches: Iterator[Batch], limit: int, in_flight: int, work: Callable[[Iterator[Entry], Send | None], Any]
+    wiring: Wiring,
+    batches: Iterator[Batch],
+    limit: int,
+    in_flight: int,
+    observer: Observer,
+    work: Callable[[Iterator[Entry], Send | None], Any],
 ) -> Any:
-    """Runs `work` on whole batches that flow through the first replica of every span."""
-
-    def data() -> Iterator[Entry]:
-        for batch, _ in zip(batches, range(limit), strict=False):
-            flow = to_device(batch)
-            yield Entry(flow, flow)
-
-    below = wiring.lead_below
-    # how many there will be is known at the bottom; an empty message says that there are no more
-    entries = data() if below is None else _until_empty(Inbox(below, None, in_flight))
-    if wiring.lead_above is None:
+    """Runs `work` on whole batches that flow through the first replica of every span; at most `limit` of them."""
+    below, above = wiring.lead_below, wiring.lead_above
+    # how many there will be is known at the bottom; a message without rows says that there are no more
+    entries = _first(batches, limit, observer) if below is None else _until_empty(Inbox(below, None, in_flight), below.ranks, observer)
+    if above is None:
         return work(entries, None)
-    outbox = Outbox(wiring.lead_above, in_flight)
-    result = work(entries, lambda teacher, student, expand: outbox.put(pack(teacher, student, expand)))
-    outbox.put(pack(None, None, None))
-    outbox.close()
+    outbox = Outbox(above, in_flight)
+
+    def send(teacher: Carry | None, student: Carry | None, expand: Tensor | None) -> None:
+        with observer.output(above.ranks):
+            outbox.put(pack(teacher, student, expand))
+
+    result = work(entries, send)
+    send(None, None, None)
+    with observer.output(above.ranks):
+        outbox.close()
     return result
 
 
-def _until_empty(inbox: Inbox) -> Iterator[Entry]:
-    while (message := inbox.take()).rows:
+def _first(batches: Iterator[Batch], limit: int, observer: Observer) -> Iterator[Entry]:
+    for _ in range(limit):
+        observer.at("data")
+        batch = next(batches, None)
+        if batch is None:
+            return
+        flow = to_device(batch)
+        yield Entry(flow, flow)
+
+
+def _until_empty(inbox: Inbox, ranks: list[int], observer: Observer) -> Iterator[Entry]:
+    while True:
+        with observer.input(ranks):
+            message = inbox.take()
+        if not message.rows:
+            return
         yield Entry(*unpack(message))

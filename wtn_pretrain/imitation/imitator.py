@@ -11,6 +11,8 @@ from torch import Tensor
 from wtn_pretrain.device import device
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.learner import Learner
+from wtn_pretrain.imitation.losses import Ratio
+from wtn_pretrain.imitation.observer import Observer
 from wtn_pretrain.imitation.schedules import Phase
 from wtn_pretrain.imitation.units import Unit
 from wtn_pretrain.models.base import Carry, Flow, Taps
@@ -38,18 +40,17 @@ class Entry(NamedTuple):
 
 Send = Callable[[Carry | None, Carry | None, Tensor | None], None]
 """Takes what leaves a span: the teacher's activation, the student's, and E of the bridge at its upper end."""
-Observe = Callable[..., AbstractContextManager[Any]]
-"""Marks what happens: `with observe("teacher", unit=3):`."""
 
 
 class Imitator:
     """Trains the students of a span, phase after phase."""
 
-    def __init__(self, units: list[Unit], section: ImitateSection, replicas: Replicas, observe: Observe | None = None) -> None:
+    def __init__(self, units: list[Unit], section: ImitateSection, replicas: Replicas, observer: Observer | None = None) -> None:
         """`units`: those of this rank's span, from the bottom."""
         self.units, self.section, self.replicas = units, section, replicas
         self.work = Work()
-        self.observe: Observe = observe or (lambda *_, **__: nullcontext())
+        self.observer = observer or Observer()
+        self._others = [rank for rank in replicas.ranks if rank != replicas.ranks[replicas.index]]
         self._learners: dict[tuple[int, ...], Learner] = {}
         self._learning: list[Learner] = []
 
@@ -100,31 +101,31 @@ class Imitator:
         for unit, teacher, target, target_taps in taught_units:
             counts = unit.index in phase.losses
             if counts or phase.fed == "student":
-                with self.observe("student", unit=unit.index):
+                with self.observer.work("student", unit=unit.index):
                     with self._autocast(), torch.set_grad_enabled(counts or not phase.local):
                         entered = unit.enter(teacher, student, phase.fed, phase.local)
                         output, taps = self._answer(unit, entered, learning=unit.index in phase.rates)
                         if counts:
                             ratio = unit.loss(output, taps, target, target_taps)
-                            losses.append(ratio.top / self.replicas.sum(ratio.bottom.detach().clone()))
+                            losses.append(self._shared(ratio))
                     if send is not None and unit is last and phase.fed == "student":
                         send(target if taught is None else None, output.detach(), last.leaving(phase.fed))
                     student = output.detach() if phase.local else output
                     if counts and phase.local:
-                        self._learners[unit.index,].backward(losses[-1])
+                        self._backward(self._learners[unit.index,], losses[-1])
                         losses[-1] = losses[-1].detach()
         if not phase.local:
-            self._learning[0].backward(torch.stack(losses).sum())
+            self._backward(self._learning[0], torch.stack(losses).sum())
         return [loss.detach() for loss in losses]
 
     def step_one(self, unit: Unit, fed: str, teacher: Flow, student: Flow, target: Carry, target_taps: Taps) -> list[Tensor]:
         """Forward and backward of one unit on given inputs and target."""
-        with self.observe("student", unit=unit.index):
+        with self.observer.work("student", unit=unit.index):
             with self._autocast():
                 output, taps = self._answer(unit, unit.enter(teacher, student, fed, local=True), learning=True)
                 ratio = unit.loss(output, taps, target, target_taps)
-                loss = ratio.top / self.replicas.sum(ratio.bottom.detach().clone())
-            self._learners[unit.index,].backward(loss)
+                loss = self._shared(ratio)
+            self._backward(self._learners[unit.index,], loss)
         return [loss.detach()]
 
     def update(self, phase: Phase, step: int) -> float:
@@ -133,9 +134,10 @@ class Imitator:
         Gradients are clipped unit by unit, so that the result does not depend on which rank holds which.
         """
         rate = self.section.optimizer.lr * scale(self.section.schedule_lr, step, phase.steps)
-        with self.observe("optimizer"):
+        with self.observer.work("optimizer"):
             for learner in self._learning:
-                learner.step(rate * phase.rates[learner.units[0].index if phase.local else max(phase.rates)])
+                with self._together():
+                    learner.step(rate * phase.rates[learner.units[0].index if phase.local else max(phase.rates)])
         return rate
 
     @torch.no_grad()
@@ -147,6 +149,7 @@ class Imitator:
         seen = 0
         for entry in entries:
             seen += 1
+            self.observer.at("errors")
             if entry.expand is not None and self.units[0].entry is not None:
                 self.units[0].entry.expand.data.copy_(entry.expand)
             teacher, student = entry.teacher, entry.student
@@ -166,13 +169,13 @@ class Imitator:
     def teach(self, unit: Unit, flow: Flow) -> tuple[Carry, Taps]:
         """The teacher's output of one unit, counted."""
         self.work.teacher_flops += unit.teacher_flops * samples(flow)
-        with self.observe("teacher", unit=unit.index), self._autocast():
+        with self.observer.work("teacher", unit=unit.index), self._autocast():
             return unit.teach(flow)
 
     @torch.no_grad()
     def answer(self, unit: Unit, flow: Carry | Mapping[str, Tensor]) -> Carry:
         """The finished student's output of one unit."""
-        with self.observe("student", unit=unit.index), self._autocast():
+        with self.observer.work("student", unit=unit.index), self._autocast():
             return self._answer(unit, unit.enter(flow, flow, "student", local=True), learning=False)[0]
 
     def learner(self, unit: int) -> Learner | None:
@@ -205,6 +208,18 @@ class Imitator:
                 target, taps = self.teach(unit, flow)
                 yield unit, flow, target, taps
                 flow = target
+
+    def _shared(self, ratio: Ratio) -> Tensor:
+        """This replica's part of a loss whose normaliser is that of all."""
+        with self._together():
+            return ratio.top / self.replicas.sum(ratio.bottom.detach().clone())
+
+    def _backward(self, learner: Learner, loss: Tensor) -> None:
+        with self._together():
+            learner.backward(loss)
+
+    def _together(self) -> AbstractContextManager[Any]:
+        return self.observer.waiting(*self._others) if self._others else nullcontext()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(device().type, dtype=torch.bfloat16, enabled=self.section.precision == "bf16")

@@ -38,7 +38,8 @@ class Wiring:
     def _links(self, edge: int, wire: torch.dtype | None) -> tuple[Link | None, Link | None]:
         """The links over the boundary between spans `edge` and `edge` + 1: between all replicas, and between the leaders alone."""
         exists = 0 <= edge < len(self.plan.spans) - 1
-        lower, upper = (self.plan.ranks_of(edge), self.plan.ranks_of(edge + 1)) if exists else ((), ())
+        none = range(0)
+        lower, upper = (self.plan.ranks_of(edge), self.plan.ranks_of(edge + 1)) if exists else (none, none)
         ranks = [*lower, *upper] or [self.place.rank]
         group = local_group(ranks, "gloo")
         payload = local_group(ranks) if backend() != "gloo" else None

@@ -75,6 +75,7 @@ class Link:
 
     def __init__(self, peers: list[Overlap], group: dist.ProcessGroup, payload: dist.ProcessGroup | None, wire: torch.dtype | None) -> None:
         self.peers, self.group, self.payload, self.wire = peers, group, payload, wire
+        self.ranks = [peer.rank for peer in peers]
 
 
 class Outbox:
@@ -111,7 +112,7 @@ class Outbox:
 
     def _raise(self) -> None:
         if self._error is not None:
-            raise PeerLostError([peer.rank for peer in self._link.peers], self._error)
+            raise PeerLostError(self._link.ranks, self._error) from self._error
 
     def _run(self) -> None:
         try:
@@ -182,7 +183,7 @@ class Inbox:
                 break
             except queue.Empty:
                 if self._error is not None:
-                    raise PeerLostError([peer.rank for peer in self._link.peers], self._error) from None
+                    raise PeerLostError(self._link.ranks, self._error) from self._error
         self._side.wait(ready, [*message.rows.values(), *message.whole.values()])
         return message
 
