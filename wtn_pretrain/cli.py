@@ -1,5 +1,6 @@
 """The command line that all entry scripts share: `--config FILE`, `--section.key=value`, one line for a mistake."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -34,7 +35,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
         elif "." in name:
             assignments.append(f"{name}={value}")
         else:
-            raise UserError(f"argument --{name}: unknown; there are --config, --help and --section.key=value for every key")
+            raise UserError(f"argument --{name}: unknown; there are --config, --dry-run, --help and --section.key=value for every key")
     return config, assignments
 
 
@@ -46,9 +47,16 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         if any(argument in ("-h", "--help") for argument in argv):
             print(_help(purpose))
             sys.exit(0)
-        config, assignments = split_arguments(argv)
+        dry_run = "--dry-run" in argv
+        config, assignments = split_arguments([argument for argument in argv if argument != "--dry-run"])
         if config is None:
             raise UserError("argument --config: missing; give a recipe such as configs/quickstart/resnet.yaml, or --help for every key")
+        if dry_run:
+            from wtn_pretrain.planning.command import dry_run as shown
+
+            if os.environ.get("RANK", "0") == "0":
+                print(shown(config, assignments, int(os.environ.get("WORLD_SIZE", "1"))))
+            sys.exit(0)
         from wtn_pretrain.recipe import load_recipe
 
         recipe = load_recipe(config, assignments)
@@ -84,6 +92,7 @@ def _help(purpose: str) -> str:
     from wtn_pretrain.recipe import Recipe
 
     return (
-        f"{purpose.strip()}\n\nusage: SCRIPT --config FILE [--section.key=value ...]\n\n"
+        f"{purpose.strip()}\n\nusage: SCRIPT --config FILE [--dry-run] [--section.key=value ...]\n\n"
+        "--dry-run shows the plan of stage 2 on these ranks and starts nothing\n\n"
         f"model.preset may name a shape, and keys beside it override: {', '.join(preset_names())}\n\nkeys [default]:\n{describe(Recipe)}"
     )

@@ -10,32 +10,39 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import Store
 
 from wtn_pretrain.compress.merge import Bridged, merge_and_check
-from wtn_pretrain.data.stream import batches
+from wtn_pretrain.config import Section
+from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.device import device, to_device
-from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_file, write_text
-from wtn_pretrain.imitation.bridges import Bridge, bridge_kinds, enough, place_bridges, sample_teacher, start_maps
+from wtn_pretrain.imitation.bridges import Bridge, bridge_kinds, enough, place_bridges, sample_teacher, start_maps, teacher_modules
+from wtn_pretrain.imitation.cache import ActivationCache
+from wtn_pretrain.imitation.cache_key import Key, data_identity, network_identity
+from wtn_pretrain.imitation.cache_layout import lay_out
 from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.engine import Run, imitation_errors, open_stream, through_leaders
+from wtn_pretrain.imitation.engine import Run, open_stream
 from wtn_pretrain.imitation.imitator import Imitator, Send
 from wtn_pretrain.imitation.learner import learner_config
 from wtn_pretrain.imitation.observer import Observer
 from wtn_pretrain.imitation.pairing import Pairing
-from wtn_pretrain.imitation.plan import Plan, check, fingerprint, parse, read, single
+from wtn_pretrain.imitation.passage import arriving, imitation_errors, sender, through_leaders
+from wtn_pretrain.imitation.plan import Plan
+from wtn_pretrain.imitation.residence import Residence
 from wtn_pretrain.imitation.schedules import phases
+from wtn_pretrain.imitation.taught import Taught, as_text, fill, from_text
 from wtn_pretrain.imitation.units import make_units, start_from_teacher
 from wtn_pretrain.imitation.wiring import Wiring
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.models.store import load_part, save_network
 from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
+from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.parallel.replicas import forget_replicas
 from wtn_pretrain.parallel.watch import Watch
-from wtn_pretrain.planning.search import automatic
+from wtn_pretrain.planning.choose import choose_plan
 from wtn_pretrain.tasks.base import Task, evaluate
 from wtn_pretrain.training.monitor import say
 from wtn_pretrain.training.trace import Trace, merge
@@ -51,29 +58,6 @@ ERROR_BATCHES = 8
 """Validation batches over which the error of each unit is measured at the end."""
 
 
-def choose_plan(section: ImitateSection, task: Task, thin: BlockConfig, wide: BlockConfig, pairing: Pairing, ranks: int) -> Plan:
-    """Which rank holds which units.
-
-    Raises:
-        UserError: the plan that the section names does not fit the networks or the ranks.
-    """
-    rows = section.micro_batch_size or section.batch_size
-    units = pairing.units + 1
-    if section.schedule in ("bottom_up", "joint"):
-        plan = single(units, ranks)
-    elif section.plan == "auto":
-        plan = automatic(thin, wide, pairing, (task.forward_flops(thin), task.forward_flops(wide)), section, ranks)
-    elif Path(section.plan).suffix == ".json":
-        plan = read(Path(section.plan), fingerprint(thin, wide, pairing))
-    else:
-        plan = parse(section.plan)
-    check(plan, units, ranks)
-    most = max(span.replicas for span in plan.spans)
-    if most > rows:
-        raise UserError(f"narrow.plan: {plan} splits {rows} samples over {most} ranks; raise narrow.micro_batch_size or use fewer ranks")
-    return plan
-
-
 class Narrow:
     """Stage 2 of one seed on this rank."""
 
@@ -87,17 +71,22 @@ class Narrow:
         teacher: Path,
         folder: Path,
         place: Place,
+        settings: dict[str, Section],
     ) -> None:
-        """`teacher` holds the wide network, `folder` receives the thin one; both are seen by all ranks."""
+        """`teacher` holds the wide network, `folder` receives the thin one; both are seen by all ranks. `settings` made the data."""
         self.section, self.task, self.thin, self.wide, self.pairing = section, task, thin, wide, pairing
-        self.teacher, self.folder, self.place = teacher, folder, place
-        self.plan = choose_plan(section, task, thin, wide, pairing, place.world_size)
+        self.teacher, self.folder, self.place, self.settings = teacher, folder, place, settings
+        self.counts = task.forward_flops(thin), task.forward_flops(wide)
+        self.plan = choose_plan(section, thin, wide, pairing, self.counts, place.world_size)
         learner_config(section, 1)
         with torch.device("meta"):
             self.kinds = bridge_kinds(thin.build(), wide.build(), pairing, section.bridge)
 
-    def go(self, seed: int, finish: Callable[[dict[str, Any]], object]) -> None:
-        """Imitates on all ranks; the first one merges and gives what the stage reports to `finish`, for which the others wait."""
+    def go(self, seed: int, data_seed: int, finish: Callable[[dict[str, Any]], object]) -> None:
+        """Imitates on all ranks, the student of `seed` on the batches of `data_seed`.
+
+        The first rank merges and gives what the stage reports to `finish`, for which the others wait.
+        """
         names = [_name(self.plan, rank) for rank in range(self.place.world_size)]
         trace = Trace(self.place.rank, names[self.place.rank], enabled=self.section.trace)
         with Watch(self.place, names, self.section.patience) as watch:
@@ -105,7 +94,7 @@ class Narrow:
                 say(f"narrow: plan {self.plan}")
             observer = Observer(watch, trace)
             store = shared_store(self.place)
-            self._imitate(seed, observer, store)
+            self._imitate(seed, data_seed, observer, store)
             self._merge_traces(trace, observer, store)
             if self.place.rank == 0:
                 with observer.allow(MERGE, "merge"):
@@ -114,30 +103,32 @@ class Narrow:
             with observer.waiting(0):
                 wait_for_rank(lambda: store.check(["finished"]))
 
-    def _imitate(self, seed: int, observer: Observer, store: Store) -> None:
+    def _imitate(self, seed: int, data_seed: int, observer: Observer, store: Store) -> None:
         section = self.section
         rows, wire = section.micro_batch_size or section.batch_size, torch.bfloat16 if section.wire == "bf16" else None
         with observer.waiting():
             wiring = Wiring(self.plan, self.place, rows, wire)
         with observer.allow(LOAD, "load"):
-            wide = self._part(wiring)
+            wide = self._wide(wiring)
             thin = self._student(seed, wiring)
-            stream = open_stream(self.task.train, section, seed, part=wiring.part, workers=self.task.workers)
-            counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide)
-        bridges = self._bridges(seed, wiring, wide, observer, store)
+            stream = open_stream(self.task.train, section, data_seed, part=wiring.part, workers=self.task.workers)
+        bridges = self._bridges(data_seed, wiring, wide, observer, store)
         if wiring.span.first == 0:
             entry = bridges.get(0)
             thin.start_stem_from(wide, entry.reduce().detach() if entry else None)
-        units = make_units(thin, wide, self.pairing, bridges, section, counts, wiring.span.units)
-        if section.init == "matching":
-            for unit in units:
-                if unit.index:
-                    start_from_teacher(unit)
-        imitator = Imitator(units, section, wiring.replicas, observer)
+        units = make_units(thin, wide, self.pairing, bridges, section, self.counts, wiring.span.units)
+        residence = Residence(units, self.teacher, self.pairing, section.offload)
+        for unit in units:
+            if section.init == "matching" and unit.index:
+                residence.home(unit)
+                start_from_teacher(unit)
+        imitator = Imitator(units, section, wiring.replicas, observer, residence)
         order = phases(section, self.pairing.units, learns_stem=self.kinds[0] is not None)
-        position = Run(imitator, order, stream, self.folder, wiring).go()
+        taught = self._taught(imitator, wiring, stream, observer, store) if section.cache else None
+        position = Run(imitator, order, stream, self.folder, wiring, taught).go()
         errors = imitation_errors(imitator, wiring, batches(self.task.valid, section.batch_size), ERROR_BATCHES)
         imitator.close()
+        residence.close()
         forget_replicas()
         if wiring.leads:
             store.set(f"errors-{wiring.seat.span}", json.dumps({"position": position, "errors": errors}))
@@ -158,13 +149,23 @@ class Narrow:
             write_utilisation(self.folder, uses)
             say(f"narrow: idle {100 * bubble(uses):.1f}% of the steady part; {path} opens in ui.perfetto.dev")
 
-    def _part(self, wiring: Wiring) -> BlockNetwork:
-        """The wide network of which only this span's modules are there."""
+    def _wide(self, wiring: Wiring) -> BlockNetwork:
+        """The wide network of which only this span's modules are there; if units are brought one by one, only the stem."""
         parts = ["stem"] if wiring.span.first == 0 else []
-        for unit in wiring.span.units:
-            if unit:
-                parts += [f"blocks.{block}" for block in self.pairing.blocks_of(unit)[1]]
+        if self.section.offload == "none":
+            parts += [part for unit in wiring.span.units if unit for part in self._parts(unit)]
+        return self._load(parts)
+
+    def _parts(self, unit: int) -> list[str]:
+        return [f"blocks.{block}" for block in self.pairing.blocks_of(unit)[1]] if unit else ["stem"]
+
+    def _load(self, parts: list[str]) -> BlockNetwork:
         return load_part(self.teacher, parts).requires_grad_(False)._apply(_to_here)
+
+    def _modules(self, wide: BlockNetwork, unit: int) -> list[nn.Module]:
+        """The teacher's modules of a unit, loaded for this once if they are not there."""
+        here = wide if self.section.offload == "none" else self._load(self._parts(unit))
+        return teacher_modules(here, self.pairing, unit)
 
     def _student(self, seed: int, wiring: Wiring) -> BlockNetwork:
         """The thin network of which only this span's modules are there, the same under every plan."""
@@ -191,7 +192,7 @@ class Narrow:
             def sample(entries: Any, send: Send | None) -> dict[int, Tensor]:
                 flows = (entry.teacher for entry in entries)
                 forward = None if send is None else lambda carry: send(carry, None, None)
-                return sample_teacher(wide, self.pairing, wiring.span.units, flows, forward)
+                return sample_teacher(partial(self._modules, wide), wide.channel_axis, wiring.span.units, flows, forward)
 
             samples = through_leaders(wiring, data, SAMPLE_BATCHES, self.section.in_flight, observer, sample)
             write_file(place / f"samples-{wiring.seat.span}.pt", lambda file: torch.save(samples, file))
@@ -217,6 +218,53 @@ class Narrow:
         below = {self.pairing.student[wiring.span.first - 1]} if wiring.span.first else set()
         return place_bridges({boundary: start for boundary, start in maps.items() if boundary in mine | below}, self.pairing, self.kinds)
 
+    def _taught(self, imitator: Imitator, wiring: Wiring, stream: BatchStream, observer: Observer, store: Store) -> Taught:
+        """The teacher's answers from the cache, which all ranks fill first where it is not complete."""
+        section, place = self.section, Path(self.section.cache)
+        if self.place.rank == 0:
+            with observer.allow(LOAD, "identify"):
+                data = data_identity(self.task.train, **self.settings)
+                key = Key(data, stream.seed, network_identity(self.teacher), self.pairing.teacher, section.precision)
+            store.set("key", as_text(key))
+        self._meet(0, "key", observer, store)
+        key = from_text(store.get("key").decode())
+        steps = min(section.cache_batches or section.steps, section.steps)
+        sample = open_stream(self.task.train, section, stream.seed).micro_batch(0, 0)
+        batches = steps * stream.accumulation
+        layout = lay_out(self.wide, self.pairing.teacher, sample, batches, precision=section.precision, stored=section.cache_dtype)
+        cache = ActivationCache(place, key, layout)
+        if self.place.rank == 0:
+            with observer.allow(LOAD, "prepare"):
+                store.set("kept", str(cache.prepare()))
+        self._meet(0, "kept", observer, store)
+        # a micro-batch that was cut short by a crash is made anew with its step
+        first = int(store.get("kept")) // stream.accumulation
+        if first < steps:
+            say(f"narrow: storing the teacher's outputs of {steps - first} batches in {place} ({cache.size / 2**30:.2f} GiB)")
+            outbox = Outbox(wiring.above, section.in_flight, observer.lane) if wiring.above else None
+            send = sender(outbox, wiring.above, observer) if outbox and wiring.above else None
+            entries = arriving(wiring, stream, range(first, steps), section.in_flight, observer)
+            fill(cache, imitator, wiring, first * stream.accumulation, entries, send, section.offload_batches)
+            if outbox and wiring.above:
+                with observer.output(wiring.above.ranks):
+                    outbox.close()
+            store.add("filled", 1)
+            if self.place.rank == 0:
+                with observer.waiting():
+                    wait_for_rank(lambda: store.add("filled", 0) == self.place.world_size)
+                with observer.allow(LOAD, "finish"):
+                    cache.finish()
+                store.set("cached", "yes")
+            self._meet(0, "cached", observer, store)
+        imitator.residence.vacate()
+        return Taught(cache.reader(), layout, wiring, place)
+
+    @staticmethod
+    def _meet(rank: int, word: str, observer: Observer, store: Store) -> None:
+        """Waits until `rank` has said `word`."""
+        with observer.waiting(rank):
+            wait_for_rank(lambda: store.check([word]))
+
     def _assemble(self, observer: Observer, store: Store) -> dict[str, Any]:
         """The whole thin network from every unit's last state; its head from the wide one's; merged, measured and written."""
         errors: dict[int, float] = {}
@@ -227,13 +275,12 @@ class Narrow:
                 errors |= {int(unit): value for unit, value in told["errors"].items()}
         position = Position(*told["position"])
         checkpoints = Checkpoints(self.folder / "checkpoints")
-        wide = load_part(self.teacher, ["head"])._apply(_to_here)
+        wide = self._load(["head"])
         thin = self.thin.build().to(device())
-        counts = self.task.forward_flops(self.thin), self.task.forward_flops(self.wide)
         states = [checkpoints.unit(position, unit) for unit in range(self.pairing.units + 1)]
         maps = {self.pairing.student[unit]: state["exit.expand"] for unit, state in enumerate(states) if "exit.expand" in state}
         bridges = place_bridges(maps, self.pairing, self.kinds)
-        for unit, state in zip(make_units(thin, wide, self.pairing, bridges, self.section, counts), states, strict=True):
+        for unit, state in zip(make_units(thin, wide, self.pairing, bridges, self.section, self.counts), states, strict=True):
             unit.load_own_state(state)
         top = bridges.get(len(thin.blocks))
         thin.start_head_from(wide, top.expand.detach() if top else None, top.reduce().detach() if top else None)

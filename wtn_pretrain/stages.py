@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wtn_pretrain.config import dump_yaml
+from wtn_pretrain.config import Section, dump_yaml
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
@@ -82,8 +82,11 @@ class Stages:
             raise UserError(
                 f"{teacher}: holds a network of another shape than this run's wide one; train it again under another --run.name"
             )
-        stage = Narrow(self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place)
-        stage.go(seed, lambda result: self.folder.finish(folder, result))
+        settings: dict[str, Section] = {"data": self.recipe.data, "task": self.recipe.task}
+        stage = Narrow(self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings)
+        # students that share a cache see the same batches
+        data_seed = self.recipe.run.seed if self.recipe.narrow.cache else seed
+        stage.go(seed, data_seed, lambda result: self.folder.finish(folder, result))
         return self.folder.result(folder) or {}
 
     def _train(

@@ -1,6 +1,6 @@
 """Micro-batches as a pure function of (seed, step)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -84,19 +84,23 @@ class BatchStream:
 
     def iterate(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The micro-batches of the steps start .. stop - 1, a list of `accumulation` for each step."""
+        return self.iterate_steps(range(start, stop))
+
+    def iterate_steps(self, steps: Sequence[int]) -> Iterator[list[Batch]]:
+        """Like `iterate`, for any steps in any order."""
         if not self.workers:
-            for step in range(start, stop):
+            for step in steps:
                 yield [self.micro_batch(step, k) for k in range(self.accumulation)]
             return
-        steps = DataLoader(
+        fetching = DataLoader(
             _Steps(self),
             batch_size=None,
-            sampler=range(start, stop),
+            sampler=steps,
             num_workers=self.workers,
             collate_fn=_as_is,
             generator=torch.Generator(),  # else it draws from the global one, and dropout would depend on `workers`
         )
-        for fetched in steps:
+        for fetched in fetching:
             if isinstance(fetched, UserError):
                 raise fetched
             yield fetched

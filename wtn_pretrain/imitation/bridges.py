@@ -1,7 +1,7 @@
 """Bridges: the pair of bias-free linear maps at a boundary whose widths differ, expand E (d to D) and reduce R (D to d)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,11 @@ class Bridge(nn.Module):
     def free(self) -> bool:
         return self.free_reduce is not None
 
-    def reduce(self) -> Tensor:
-        """R [d, D]."""
-        return left_inverse(self.expand) if self.free_reduce is None else self.free_reduce
+    def reduce(self, expand: Tensor | None = None) -> Tensor:
+        """R [d, D]; of a constrained bridge that of `expand`, if another E than its own is given."""
+        if self.free_reduce is None:
+            return left_inverse(self.expand if expand is None else expand)
+        return self.free_reduce
 
     def merged(self) -> Tensor:
         """A = R E [d, d], what the thin network carries through this boundary."""
@@ -105,30 +107,36 @@ ROWS = 8192
 
 @torch.no_grad()
 def sample_teacher(
-    wide: BlockNetwork,
-    pairing: Pairing,
-    only: range,
+    modules: Callable[[int], Sequence[nn.Module]],
+    channel_axis: int,
+    units: range,
     flows: Iterable[Flow],
     send: Callable[[Carry], object] | None = None,
     rows: int = ROWS,
 ) -> dict[int, Tensor]:
-    """Teacher activations [n, D] after the units in `only`, from what enters the first of them; about `rows` a boundary.
+    """Teacher activations [n, D] after each of `units`, from what enters the first of them; about `rows` a boundary.
 
     Args:
+        modules: gives the teacher's modules of a unit, which are asked for once.
         send: takes what the units above need.
     """
-    samples: dict[int, list[Tensor]] = {unit: [] for unit in only}
-    for flow in flows:
-        for unit in only:
-            for module in [wide.stem] if unit == 0 else [wide.blocks[block] for block in pairing.blocks_of(unit)[1]]:
-                flow = module(flow)
+    samples: dict[int, Tensor] = {}
+    waiting = list(flows)
+    for unit in units:
+        taken = []
+        teacher = nn.Sequential(*modules(unit))
+        for number in range(len(waiting)):
+            flow = teacher(waiting[number])
             assert isinstance(flow, Carry)
-            flat = flow.hidden.movedim(wide.channel_axis, -1).flatten(0, -2).float()
-            samples[unit].append(flat[:: max(1, len(flat) // _per_batch(rows))][: _per_batch(rows)])
-        if send is not None:
+            flat = flow.hidden.movedim(channel_axis, -1).flatten(0, -2).float()
+            taken.append(flat[:: max(1, len(flat) // _per_batch(rows))][: _per_batch(rows)])
+            waiting[number] = flow
+        samples[unit] = torch.cat(taken)
+    if send is not None:
+        for flow in waiting:
             assert isinstance(flow, Carry)
             send(flow)
-    return {unit: torch.cat(taken) for unit, taken in samples.items()}
+    return samples
 
 
 def enough(batches: Iterable[dict[str, Tensor]], wide: BlockNetwork, pairing: Pairing, rows: int = ROWS) -> Iterator[dict[str, Tensor]]:
@@ -179,8 +187,14 @@ def make_bridges(
     kinds = bridge_kinds(thin, wide, pairing, bridge)
     if not any(kinds):
         return {}
-    samples = sample_teacher(wide, pairing, range(pairing.units + 1), enough(batches, wide, pairing, rows), rows=rows)
+    flows, units = enough(batches, wide, pairing, rows), range(pairing.units + 1)
+    samples = sample_teacher(lambda unit: teacher_modules(wide, pairing, unit), wide.channel_axis, units, flows, rows=rows)
     return place_bridges(start_maps(thin, pairing, kinds, samples), pairing, kinds)
+
+
+def teacher_modules(wide: BlockNetwork, pairing: Pairing, unit: int) -> list[nn.Module]:
+    """The teacher's modules of a unit, the stem for unit 0."""
+    return [wide.stem] if unit == 0 else [wide.blocks[block] for block in pairing.blocks_of(unit)[1]]
 
 
 def _per_batch(rows: int) -> int:

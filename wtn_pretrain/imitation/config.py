@@ -67,8 +67,17 @@ class ImitateSection(Section):
     """Largest gradient norm of one unit (of all together where gradients run through all); 0 does not clip."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: matrix products in bfloat16 under autocast."""
+    offload: Literal["none", "host", "disk"] = "none"
+    """Where units wait that are not being trained: none (all are on the device), host memory, or (the teacher's weights) disk."""
+    offload_batches: int = Field(8, ge=1)
+    """Steps that a unit takes each time it is brought; their activations at one boundary are held meanwhile."""
+    cache: str = ""
+    """Folder in which the teacher's outputs are kept for other students and runs; filled first if they are not there. All students of a
+    cache see the batches of run.seed."""
+    cache_dtype: Literal["as computed", "bf16"] = "as computed"
+    """How the teacher's outputs lie in `cache`; bf16 halves it and rounds them."""
     cache_batches: int = Field(0, ge=0)
-    """bottom_up with frozen blocks below: batches whose activations are kept and gone through again; 0: one for every step."""
+    """Batches whose activations are kept, in `cache` and by bottom_up with frozen blocks below, and gone through again; 0: all steps."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0: ten in the stage."""
     log_every: int = Field(20, ge=1)
@@ -86,6 +95,10 @@ class ImitateSection(Section):
             raise ValueError("feed teacher leaves nothing for the blocks below to learn from; use below frozen")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        if self.offload != "none" and (self.schedule == "joint" or (self.schedule == "bottom_up" and self.below != "frozen")):
+            raise ValueError(f"offload {self.offload} holds one unit at a time, and this schedule trains several at once; use offload none")
+        if self.cache and self.loss == "mobilebert" and self.mobilebert.attention > 0:
+            raise ValueError("cache holds hidden states and loss mobilebert needs the teacher's attention; set mobilebert.attention to 0")
         if self.plan != "auto" and self.schedule in ("bottom_up", "joint"):
             raise ValueError(f"plan {self.plan} does not fit schedule {self.schedule}, which splits every batch over all ranks; use auto")
         return self

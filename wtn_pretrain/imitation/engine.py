@@ -5,29 +5,30 @@ One process is a plan of one span. There is no barrier between spans: each recei
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wtn_pretrain.data.stream import Batch, BatchStream, Dataset
+from wtn_pretrain.data.stream import BatchStream, Dataset
 from wtn_pretrain.device import device, to_device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.imitator import Entry, Imitator, Send
+from wtn_pretrain.imitation.imitator import Entry, Imitator
 from wtn_pretrain.imitation.learner import zero_stage
-from wtn_pretrain.imitation.observer import Observer
+from wtn_pretrain.imitation.passage import arriving, sender
 from wtn_pretrain.imitation.plan import single
 from wtn_pretrain.imitation.progress import Progress
 from wtn_pretrain.imitation.schedules import Phase
 from wtn_pretrain.imitation.store import ActivationStore
-from wtn_pretrain.imitation.wiring import Wiring, pack, unpack
-from wtn_pretrain.models.base import Carry, Flow
+from wtn_pretrain.imitation.taught import Taught, TaughtUnit
+from wtn_pretrain.imitation.wiring import Wiring
+from wtn_pretrain.models.base import Carry, Flow, Taps
 from wtn_pretrain.parallel.launch import Place, shared_store
-from wtn_pretrain.parallel.relay import Inbox, Outbox
+from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.training.monitor import Monitor
 
 START, SAVE = 300.0, 600.0
@@ -40,6 +41,10 @@ def open_stream(
     """The batches of imitation, cut into micro-batches; of each, rows `part[0]` to `part[0] + part[1]` are fetched."""
     rows = section.micro_batch_size or section.batch_size
     return BatchStream(dataset, section.batch_size, seed=seed, micro_batch_size=rows, part=part, workers=workers)
+
+
+Stored = ActivationStore | TaughtUnit
+"""One unit's outputs for a sequence of micro-batches."""
 
 
 class Run:
@@ -55,12 +60,14 @@ class Run:
         stream: BatchStream,
         folder: Path,
         wiring: Wiring | None = None,
+        taught: Taught | None = None,
         stage: str = "narrow",
     ) -> None:
-        """`stream` gives this rank's rows of the micro-batches; only the ranks of the first span read it."""
+        """`stream` gives this rank's rows of the micro-batches; only the ranks of the first span read it. `taught`: the teacher's
+        answers where they are known."""
         self.imitator, self.phases, self.stream, self.folder, self.stage = imitator, phases, stream, folder, stage
         self.wiring = wiring or Wiring(single(len(imitator.units)), Place(0, 1), stream.micro_batch_size)
-        self._observer = imitator.observer
+        self.taught, self._observer = taught, imitator.observer
         self.total = sum(phase.steps for phase in phases)
         section = imitator.section
         self.every = section.checkpoint_every or max(1, self.total // 10)
@@ -92,10 +99,8 @@ class Run:
             run = self._cached(phase, before, start) if phase.cached else self._streamed(phase, before, start, outbox)
             began = time.monotonic()
             sums: list[Tensor] = []
-            rate = 0.0
-            for micro, losses in enumerate(run):
+            for micro, (losses, rate) in enumerate(run):
                 step, k = start + micro // self.stream.accumulation, micro % self.stream.accumulation
-                rate = self.imitator.update(phase, step)
                 sums = losses if k == 0 else [total + loss for total, loss in zip(sums, losses, strict=True)]
                 if k < self.stream.accumulation - 1:
                     continue
@@ -125,42 +130,63 @@ class Run:
         with self._observer.allow(SAVE, "save"):
             self.checkpoints.save(phase, step, self.imitator, self.wiring, self._arrived)
 
-    def _streamed(self, phase: Phase, before: int, start: int, outbox: Outbox | None) -> Iterator[list[Tensor]]:
-        """The micro-batches of a phase, as they come from the data or from the span below."""
-        send: Send | None = None
-        if outbox is not None and (above := self.wiring.above) is not None:
+    def _streamed(self, phase: Phase, before: int, start: int, outbox: Outbox | None) -> Iterator[tuple[list[Tensor], float]]:
+        """The micro-batches of a phase, as they come from the data or from the span below: losses and rate of each, when it is done."""
+        steps: Sequence[int] = range(before + start, before + phase.steps)
+        accumulation, in_flight = self.stream.accumulation, self.imitator.section.in_flight
+        if self.taught is not None:
+            steps = [step % (self.taught.batches // accumulation) for step in steps]
+        send = None
+        if outbox and self.wiring.above and self._relays(phase, upwards=True):
+            send = sender(outbox, self.wiring.above, self._observer)
+        entries: Iterator[Entry] = repeat(Entry(None, None), len(steps) * accumulation)
+        if self._relays(phase, upwards=False):
+            entries = arriving(self.wiring, self.stream, steps, in_flight, self._observer)
+        known: Iterator[Mapping[int, Carry]] = iter(())
+        if self.taught is not None:
+            known = self.taught.stream([step * accumulation + k for step in steps for k in range(accumulation)])
 
-            def send(teacher: Carry | None, student: Carry | None, expand: Tensor | None) -> None:
-                with self._observer.output(above.ranks):
-                    outbox.put(pack(teacher, student, expand))
+        def answers() -> Mapping[int, Carry] | None:
+            if self.taught is None:
+                return None
+            with self._observer.work("read"):
+                return next(known)
 
-        for entry in self._entries(phase, before, start):
-            yield self.imitator.step(phase, entry, send)
+        step = start
+        while step < phase.steps:
+            self._observer.step = before + step + 1
+            if not self.imitator.residence.students_move:
+                for _ in range(accumulation):
+                    losses = self.imitator.step(phase, next(entries), send, answers())
+                    yield losses, self.imitator.update(phase, step)
+                step += 1
+                continue
+            # a visit may not go past a checkpoint, where all units stand at one step
+            until = min(step + self.imitator.section.offload_batches, phase.steps, self._next_save(before + step) - before)
+            count = (until - step) * accumulation
+            visitors = list(islice(entries, count))
+            taught = [found for _ in range(count) if (found := answers()) is not None]
+            visited = self.imitator.visit(phase, step, visitors, accumulation, send, taught or None)
+            for micro, losses in enumerate(visited):
+                yield losses, self.imitator.rate(phase, step + micro // accumulation)
+            step = until
 
-    def _entries(self, phase: Phase, before: int, start: int) -> Iterator[Entry]:
-        """What enters the span, micro-batch after micro-batch."""
-        below, accumulation = self.wiring.below, self.stream.accumulation
-        if below is None:
-            steps = self.stream.iterate(before + start, before + phase.steps)
-            for step in range(before + start, before + phase.steps):
-                self._observer.step = step + 1
-                for batch in self._next(steps):
-                    flow = to_device(batch)
-                    yield Entry(flow, flow)
-            return
-        count = (phase.steps - start) * accumulation
-        inbox = Inbox(below, count, self.imitator.section.in_flight, self._observer.lane)
-        for micro in range(count):
-            self._observer.step = before + start + micro // accumulation + 1
-            with self._observer.input(below.ranks):
-                message = inbox.take()
-            yield Entry(*unpack(message))
+    def _next_save(self, done: int) -> int:
+        return (done // self.every + 1) * self.every
 
-    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
-        with self._observer.work("data"):
-            return next(steps)
+    def _relays(self, phase: Phase, upwards: bool) -> bool:
+        """Whether something has to come to this span from the data or the one below, or (`upwards`) go to the one above.
 
-    def _cached(self, phase: Phase, before: int, start: int) -> Iterator[list[Tensor]]:
+        Where the teacher's answers are known, teacher-fed students need no more than their bridge's E.
+        """
+        units = self.imitator.units
+        if self.taught is None or phase.fed == "student":
+            return True
+        if upwards:
+            return units[-1].leaving(phase.fed) is not None
+        return units[0].arriving(phase.fed) if units[0].index else 0 in phase.losses
+
+    def _cached(self, phase: Phase, before: int, start: int) -> Iterator[tuple[list[Tensor], float]]:
         """Steps of one unit on stored activations. Each teacher unit sees each batch once; the units below are not run again."""
         (index,) = phase.losses
         unit = self.imitator.units[index]
@@ -169,34 +195,38 @@ class Run:
         teacher_in, student_in = self._inputs(index, batches, phase.fed)
         fed_by_one = teacher_in is None or student_in is None or teacher_in.folder == student_in.folder
         target_store = ActivationStore(self._place("teacher", index), batches)
-        kept = index < len(self.imitator.units) - 1 or batches < phase.steps * accumulation
+        kept = self.taught is None and (index < len(self.imitator.units) - 1 or batches < phase.steps * accumulation)
         for micro in range(start * accumulation, phase.steps * accumulation):
             self._observer.step = before + micro // accumulation + 1
             position = micro % batches
             teacher = self._flow(teacher_in, position)
             student = teacher if fed_by_one else self._flow(student_in, position)
-            if micro < batches or unit.needs_taps:
+            taps: Taps = {}
+            if self.taught is not None:
+                target = self.taught.read(index, position)
+            elif micro < batches or unit.needs_taps:
                 target, taps = self.imitator.teach(unit, teacher)
                 if micro < batches and kept:
                     target_store.write(position, target)
             else:
-                target, taps = self._to(target_store.read(position)), {}
-            yield self.imitator.step_one(unit, phase.fed, teacher, student, target, taps)
+                target = self._to(target_store.read(position))
+            losses = self.imitator.step_one(unit, phase.fed, teacher, student, target, taps)
+            yield losses, self.imitator.update(phase, micro // accumulation)
         if kept:
             target_store.finish()
 
-    def _inputs(self, index: int, batches: int, fed: str) -> tuple[ActivationStore | None, ActivationStore | None]:
+    def _inputs(self, index: int, batches: int, fed: str) -> tuple[Stored | None, Stored | None]:
         """Stores of what enters unit `index` on both sides, each made by one pass over the unit below; None at the stem: the data."""
         if index == 0:
             return None, None
         below = self.imitator.units[index - 1]
         teacher = self._store("teacher", index - 1, batches)
-        if not teacher.complete:
+        if isinstance(teacher, ActivationStore) and not teacher.complete:
             # only the stem can be missing here: every other unit stored its teacher's outputs while it learned
             source = None if index == 1 else self._store("teacher", index - 2, batches)
             self._fill(teacher, batches, lambda position: self.imitator.teach(below, self._flow(source, position))[0])
         student = teacher if fed == "teacher" else self._store("student", index - 1, batches)
-        if not student.complete:
+        if isinstance(student, ActivationStore) and not student.complete:
             below.learn(False)
             source = None if index == 1 else self._store("student", index - 2, batches)
             self._fill(student, batches, lambda position: self.imitator.answer(below, self._flow(source, position)))
@@ -210,7 +240,9 @@ class Run:
         rows = f"rows-{self.wiring.part[0]}-{sum(self.wiring.part)}"
         return self.folder / "activations" / rows / f"{kind}-{unit}"
 
-    def _store(self, kind: str, unit: int, batches: int) -> ActivationStore:
+    def _store(self, kind: str, unit: int, batches: int) -> Stored:
+        if self.taught is not None and self._place(kind, unit).name.startswith("teacher"):
+            return self.taught.at(unit)
         return ActivationStore(self._place(kind, unit), batches)
 
     @staticmethod
@@ -219,7 +251,7 @@ class Run:
             store.write(position, make(position))
         store.finish()
 
-    def _flow(self, store: ActivationStore | None, position: int) -> Flow:
+    def _flow(self, store: Stored | None, position: int) -> Flow:
         if store is None:
             return to_device(self.stream.micro_batch(*divmod(position, self.stream.accumulation)))
         return self._to(store.read(position))
@@ -260,60 +292,3 @@ class Run:
             )
         self.checkpoints.restore(position, self.imitator, first=self.wiring.place.rank == 0)
         self.first_phase, self.first_step = position.phase, position.step
-
-
-def imitation_errors(imitator: Imitator, wiring: Wiring, batches: Iterator[Batch], limit: int) -> dict[int, float]:
-    """Energy-normalised error of each unit of this span over `limit` batches, run through the leaders of the spans alone.
-
-    On other replicas: nothing. Every leader must call it; only the first reads `batches`.
-    """
-    if not wiring.leads:
-        return {}
-    errors = through_leaders(wiring, batches, limit, imitator.section.in_flight, imitator.observer, imitator.errors)
-    return dict(zip((unit.index for unit in imitator.units), errors, strict=True))
-
-
-def through_leaders(
-    wiring: Wiring,
-    batches: Iterator[Batch],
-    limit: int,
-    in_flight: int,
-    observer: Observer,
-    work: Callable[[Iterator[Entry], Send | None], Any],
-) -> Any:
-    """Runs `work` on whole batches that flow through the first replica of every span; at most `limit` of them."""
-    below, above = wiring.lead_below, wiring.lead_above
-    # how many there will be is known at the bottom; a message without rows says that there are no more
-    entries = _first(batches, limit, observer) if below is None else _until_empty(Inbox(below, None, in_flight), below.ranks, observer)
-    if above is None:
-        return work(entries, None)
-    outbox = Outbox(above, in_flight)
-
-    def send(teacher: Carry | None, student: Carry | None, expand: Tensor | None) -> None:
-        with observer.output(above.ranks):
-            outbox.put(pack(teacher, student, expand))
-
-    result = work(entries, send)
-    send(None, None, None)
-    with observer.output(above.ranks):
-        outbox.close()
-    return result
-
-
-def _first(batches: Iterator[Batch], limit: int, observer: Observer) -> Iterator[Entry]:
-    for _ in range(limit):
-        observer.at("data")
-        batch = next(batches, None)
-        if batch is None:
-            return
-        flow = to_device(batch)
-        yield Entry(flow, flow)
-
-
-def _until_empty(inbox: Inbox, ranks: list[int], observer: Observer) -> Iterator[Entry]:
-    while True:
-        with observer.input(ranks):
-            message = inbox.take()
-        if not message.rows:
-            return
-        yield Entry(*unpack(message))

@@ -1,8 +1,9 @@
 """What one rank does with one micro-batch: its teachers forward, its students forward and backward, a unit at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.learner import Learner
 from wtn_pretrain.imitation.losses import Ratio
 from wtn_pretrain.imitation.observer import Observer
+from wtn_pretrain.imitation.pairing import Pairing
+from wtn_pretrain.imitation.residence import Residence
 from wtn_pretrain.imitation.schedules import Phase
 from wtn_pretrain.imitation.units import Unit
 from wtn_pretrain.models.base import Carry, Flow, Taps
@@ -45,11 +48,19 @@ Send = Callable[[Carry | None, Carry | None, Tensor | None], None]
 class Imitator:
     """Trains the students of a span, phase after phase."""
 
-    def __init__(self, units: list[Unit], section: ImitateSection, replicas: Replicas, observer: Observer | None = None) -> None:
-        """`units`: those of this rank's span, from the bottom."""
+    def __init__(
+        self,
+        units: list[Unit],
+        section: ImitateSection,
+        replicas: Replicas,
+        observer: Observer | None = None,
+        residence: Residence | None = None,
+    ) -> None:
+        """`units`: those of this rank's span, from the bottom; `residence`: where they are, None: all on the device."""
         self.units, self.section, self.replicas = units, section, replicas
         self.work = Work()
         self.observer = observer or Observer()
+        self.residence = residence or Residence(units, Path(), Pairing((0,), (0,)), "none")
         self._others = [rank for rank in replicas.ranks if rank != replicas.ranks[replicas.index]]
         self._learners: dict[tuple[int, ...], Learner] = {}
         self._learning: list[Learner] = []
@@ -64,9 +75,12 @@ class Imitator:
             if key not in self._learners:
                 units = [unit for unit in self.units if unit.index in key]
                 for unit in units:
+                    if self.residence.students_move:
+                        self.residence.home(unit)
                     unit.learn(True)
                 self._learners[key] = Learner(units, self.section, self.replicas)
                 for unit in units:
+                    self.residence.knows(unit.index, self._learners[key])
                     unit.learn(unit.index in phase.rates)
         self._learning = [self._learners[key] for key in wanted]
         for learner in self._learning:
@@ -86,11 +100,7 @@ class Imitator:
         Returns:
             This replica's share of the loss of each unit of the span in `phase.losses`, in order.
         """
-        if entry.expand is not None:
-            bridge = self.units[0].entry
-            assert bridge is not None
-            bridge.expand.data.copy_(entry.expand)
-        student = entry.student
+        student, expand = entry.student, entry.expand
         losses: list[Tensor] = []
         taught_units: Any = self._taught(phase, entry.teacher, taught)
         last = self.units[-1]
@@ -103,7 +113,7 @@ class Imitator:
             if counts or phase.fed == "student":
                 with self.observer.work("student", unit=unit.index):
                     with self._autocast(), torch.set_grad_enabled(counts or not phase.local):
-                        entered = unit.enter(teacher, student, phase.fed, phase.local)
+                        entered = unit.enter(teacher, student, phase.fed, phase.local, expand)
                         output, taps = self._answer(unit, entered, learning=unit.index in phase.rates)
                         if counts:
                             ratio = unit.loss(output, taps, target, target_taps)
@@ -114,12 +124,15 @@ class Imitator:
                     if counts and phase.local:
                         self._backward(self._learners[unit.index,], losses[-1])
                         losses[-1] = losses[-1].detach()
+            expand = None
         if not phase.local:
             self._backward(self._learning[0], torch.stack(losses).sum())
         return [loss.detach() for loss in losses]
 
     def step_one(self, unit: Unit, fed: str, teacher: Flow, student: Flow, target: Carry, target_taps: Taps) -> list[Tensor]:
         """Forward and backward of one unit on given inputs and target."""
+        if self.residence.students_move:
+            self.residence.home(unit)
         with self.observer.work("student", unit=unit.index):
             with self._autocast():
                 output, taps = self._answer(unit, unit.enter(teacher, student, fed, local=True), learning=True)
@@ -133,48 +146,100 @@ class Imitator:
 
         Gradients are clipped unit by unit, so that the result does not depend on which rank holds which.
         """
-        rate = self.section.optimizer.lr * scale(self.section.schedule_lr, step, phase.steps)
+        rate = self.rate(phase, step)
         with self.observer.work("optimizer"):
             for learner in self._learning:
                 with self._together():
                     learner.step(rate * phase.rates[learner.units[0].index if phase.local else max(phase.rates)])
         return rate
 
+    def visit(
+        self,
+        phase: Phase,
+        step: int,
+        entries: Sequence[Entry],
+        accumulation: int,
+        send: Send | None = None,
+        taught: Sequence[Mapping[int, Carry]] | None = None,
+    ) -> list[list[Tensor]]:
+        """`step` and `update` of several micro-batches, one unit after the other: each comes home once for all of them.
+
+        Units do not depend on one another's later steps, so the result is that of going step by step.
+
+        Args:
+            step: that of the first of `entries`, which make up whole steps of `accumulation` micro-batches.
+
+        Returns:
+            For each micro-batch the losses that `step` returns.
+        """
+        teacher = [entry.teacher for entry in entries]
+        student = [entry.student for entry in entries]
+        expand = [entry.expand for entry in entries]
+        losses: list[list[Tensor]] = [[] for _ in entries]
+        for position, unit in enumerate(self.units):
+            self.residence.home(unit, then=self.units[(position + 1) % len(self.units)])
+            leaving: list[Tensor | None] = []
+            for micro in range(len(entries)):
+                target, taps = (self.teach(unit, _known(teacher[micro]))) if taught is None else (taught[micro][unit.index], {})
+                # E as it is before the step that this micro-batch ends
+                leaving.append(_copy(unit.leaving(phase.fed)))
+                counts = unit.index in phase.losses
+                if counts or phase.fed == "student":
+                    with self.observer.work("student", unit=unit.index):
+                        with self._autocast(), torch.set_grad_enabled(counts):
+                            below = taught[micro].get(unit.index - 1, teacher[micro]) if taught is not None else teacher[micro]
+                            entered = unit.enter(below, student[micro], phase.fed, True, expand[micro])
+                            output, found = self._answer(unit, entered, learning=unit.index in phase.rates)
+                            if counts:
+                                losses[micro].append(self._shared(unit.loss(output, found, target, taps)))
+                        student[micro] = output.detach()
+                        if counts:
+                            learner = self._learners[unit.index,]
+                            self._backward(learner, losses[micro][-1])
+                            losses[micro][-1] = losses[micro][-1].detach()
+                            with self._together():
+                                learner.step(self.rate(phase, step + micro // accumulation) * phase.rates[unit.index])
+                teacher[micro] = target
+            expand = leaving
+        if send is not None:
+            for micro in range(len(entries)):
+                above = _carry(teacher[micro]) if taught is None else None
+                send(above, _carry(student[micro]) if phase.fed == "student" else None, expand[micro])
+        return losses
+
     @torch.no_grad()
-    def errors(self, entries: Iterator[Entry], send: Send | None = None) -> list[float]:
+    def errors(self, entries: Iterable[Entry], send: Send | None = None) -> list[float]:
         """Energy-normalised error of every unit of the span, student-fed in eval mode: what the assembled thin network really carries."""
         for unit in self.units:
             unit.learn(False)
-        sums = torch.zeros(len(self.units), dtype=torch.float64)
-        seen = 0
-        for entry in entries:
-            seen += 1
-            self.observer.at("errors")
-            if entry.expand is not None and self.units[0].entry is not None:
-                self.units[0].entry.expand.data.copy_(entry.expand)
-            teacher, student = entry.teacher, entry.student
-            assert teacher is not None
-            assert student is not None
-            for position, unit in enumerate(self.units):
-                target, _ = unit.teach(teacher)
-                output, _ = unit.answer(unit.enter(teacher, student, "student", local=True))
-                sums[position] += unit.error(output, target).value().double().cpu()
-                teacher, student = target, output
-            if send is not None:
-                assert isinstance(teacher, Carry)
-                assert isinstance(student, Carry)
-                send(teacher, student, self.units[-1].leaving("student"))
-        return (sums / max(seen, 1)).tolist()
+        teacher, student, expand = [list(side) for side in zip(*entries, strict=True)] or [[], [], []]
+        means = []
+        for unit in self.units:
+            self.residence.home(unit)
+            total = 0.0
+            for number in range(len(teacher)):
+                self.observer.at(f"errors {unit.index}")
+                target, _ = unit.teach(_known(teacher[number]))
+                output, _ = unit.answer(unit.enter(teacher[number], student[number], "student", True, expand[number]))
+                total += float(unit.error(output, target).value())
+                teacher[number], student[number], expand[number] = target, output, None
+            means.append(total / max(len(teacher), 1))
+        if send is not None:
+            for target, output in zip(teacher, student, strict=True):
+                send(target, output, self.units[-1].leaving("student"))
+        return means
 
     def teach(self, unit: Unit, flow: Flow) -> tuple[Carry, Taps]:
         """The teacher's output of one unit, counted."""
         self.work.teacher_flops += unit.teacher_flops * samples(flow)
+        self.residence.home(unit)
         with self.observer.work("teacher", unit=unit.index), self._autocast():
             return unit.teach(flow)
 
     @torch.no_grad()
     def answer(self, unit: Unit, flow: Carry | Mapping[str, Tensor]) -> Carry:
         """The finished student's output of one unit."""
+        self.residence.home(unit)
         with self.observer.work("student", unit=unit.index), self._autocast():
             return self._answer(unit, unit.enter(flow, flow, "student", local=True), learning=False)[0]
 
@@ -209,6 +274,10 @@ class Imitator:
                 yield unit, flow, target, taps
                 flow = target
 
+    def rate(self, phase: Phase, step: int) -> float:
+        """The learning rate of a step, before a unit's share of it."""
+        return self.section.optimizer.lr * scale(self.section.schedule_lr, step, phase.steps)
+
     def _shared(self, ratio: Ratio) -> Tensor:
         """This replica's part of a loss whose normaliser is that of all."""
         with self._together():
@@ -228,6 +297,20 @@ class Imitator:
         # a backward pass costs twice a forward pass
         self.work.student_flops += unit.student_flops * samples(flow) * (3 if learning else 1)
         return unit.answer(flow)
+
+
+def _known(flow: Flow | None) -> Flow:
+    assert flow is not None
+    return flow
+
+
+def _carry(flow: Flow | None) -> Carry:
+    assert isinstance(flow, Carry)
+    return flow
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
 
 
 def samples(flow: Flow) -> int:

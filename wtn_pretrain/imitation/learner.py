@@ -38,6 +38,9 @@ class Learner:
         parameters = [parameter for unit in units for parameter in unit.own_parameters()]
         optimizer = make_optimizer(section.optimizer, decay_groups(parameters, section.optimizer.weight_decay))
         self._engine, *_ = deepspeed.initialize(model=_Parameters(parameters), optimizer=optimizer, config=config, mpu=replicas)
+        if replicas.count == 1 and not self.zero:
+            # there is nobody to average with, and DeepSpeed would still copy every gradient into buckets and back
+            self._engine.enable_backward_allreduce = False
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -68,6 +71,10 @@ class Learner:
         if self.zero:
             self._engine.optimizer.refresh_fp32_params()
         self._optimizer.load_state_dict(state)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The optimizer's state of one parameter, to be changed in place; empty before the first step."""
+        return self._optimizer.state.get(parameter, {})
 
     def weights_changed(self) -> None:
         """To be called when weights were set from outside."""
@@ -107,6 +114,8 @@ def learner_config(section: ImitateSection, replicas: int) -> dict[str, Any]:
         raise UserError(f"narrow.deepspeed: {section.deepspeed} is ZeRO 3, and a span is already a part of the network; use ZeRO 0, 1 or 2")
     if zero.get("stage", 0) and section.schedule == "bottom_up" and section.below == "joint":
         raise UserError(f"narrow.deepspeed: {section.deepspeed} would decay the units that narrow.below=joint has not reached; use ZeRO 0")
+    if zero.get("stage", 0) and section.offload != "none":
+        raise UserError(f"narrow.deepspeed: {section.deepspeed} lays a unit's weights out anew, and narrow.offload moves them; use ZeRO 0")
     # its default buckets are for networks, not for units
     zero.setdefault("reduce_bucket_size", 50_000_000)
     zero.setdefault("allgather_bucket_size", 50_000_000)

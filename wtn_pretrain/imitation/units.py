@@ -35,7 +35,7 @@ class Unit(nn.Module):
         self.student = nn.ModuleList(student)
         self.entry, self.exit = entry, exit_
         # the teacher is no part of this module: it has no state to save and must never leave eval mode
-        self._teacher = tuple(module.eval().requires_grad_(False) for module in teacher)
+        self.teacher = tuple(module.eval().requires_grad_(False) for module in teacher)
         self._axis = network.channel_axis
         self._counted: Callable[[Carry], Tensor | None] = network.counted
         self._section = section
@@ -77,6 +77,10 @@ class Unit(nn.Module):
             return None
         return self.exit.expand
 
+    def arriving(self, fed: str) -> bool:
+        """Whether this unit needs E of the bridge below it: see `leaving` of the unit below."""
+        return self.entry is not None and self.entry.free != (fed == "teacher")
+
     def learn(self, learning: bool) -> None:
         """Train mode without dropout (the target is a function of the input) while learning, else eval mode."""
         self.student.train(learning).requires_grad_(learning)
@@ -87,27 +91,32 @@ class Unit(nn.Module):
     @torch.no_grad()
     def teach(self, flow: Flow) -> tuple[Carry, Taps]:
         """The teacher's output for the teacher's input."""
-        return self._run(self._teacher, flow)
+        return self._run(self.teacher, flow)
 
     def answer(self, flow: Flow) -> tuple[Carry, Taps]:
         """The student's output, before the bridge."""
         return self._run(self.student, flow)
 
-    def enter(self, teacher: Flow, student: Flow, fed: str, local: bool) -> Flow:
+    def enter(self, teacher: Flow | None, student: Flow | None, fed: str, local: bool, expand: Tensor | None = None) -> Flow:
         """The student's input, from the teacher's activation through R or from the student's own below.
 
         A constrained bridge is the identity between student blocks, so there the student's activation enters as it is.
+
+        Args:
+            expand: E of the bridge below as it was when the input was made; None: as it is.
         """
         flow = teacher if fed == "teacher" else student
+        assert flow is not None
         if not isinstance(flow, Carry):
             return flow
         hidden = flow.hidden.detach() if local else flow.hidden
         if self.entry is not None:
             if fed == "teacher":
-                hidden = apply_map(self.entry.reduce() if self.entry.free else self.entry.reduce().detach(), hidden, self._axis)
+                reduce = self.entry.reduce(expand)
+                hidden = apply_map(reduce if self.entry.free else reduce.detach(), hidden, self._axis)
             elif self.entry.free:
-                expand = self.entry.expand.detach() if local else self.entry.expand
-                hidden = apply_map(self.entry.reduce(), apply_map(expand, hidden, self._axis), self._axis)
+                own = self.entry.expand if expand is None else expand
+                hidden = apply_map(self.entry.reduce(), apply_map(own.detach() if local else own, hidden, self._axis), self._axis)
         return Carry(hidden, flow.context)
 
     def loss(self, student: Carry, student_taps: Taps, teacher: Carry, teacher_taps: Taps) -> Ratio:
@@ -175,9 +184,9 @@ def start_from_teacher(unit: Unit) -> None:
 
     Where a teacher unit is longer, each student block takes from the teacher block that ends at its share of the unit.
     """
-    ratio = len(unit._teacher) / len(unit.student)
+    ratio = len(unit.teacher) / len(unit.student)
     for position, student in enumerate(unit.student):
-        theirs = unit._teacher[round((position + 1) * ratio) - 1].state_dict()
+        theirs = unit.teacher[round((position + 1) * ratio) - 1].state_dict()
         for name, mine in student.state_dict().items():
             if name in theirs and theirs[name].shape == mine.shape:
                 mine.copy_(theirs[name])

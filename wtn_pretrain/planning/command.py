@@ -11,8 +11,9 @@ from wtn_pretrain.imitation.plan import Plan, check, fingerprint, parse, read, s
 from wtn_pretrain.models.base import BlockConfig, Flops, flops
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.resnet.config import ResNetConfig
+from wtn_pretrain.planning.choose import choose_plan
 from wtn_pretrain.planning.cluster import Cluster, Link, data_centre, usual
-from wtn_pretrain.planning.costs import DATA_CENTRE, UnitCost, declared
+from wtn_pretrain.planning.costs import DATA_CENTRE, UnitCost, declared, here
 from wtn_pretrain.planning.predict import predict
 from wtn_pretrain.planning.profile import profile
 from wtn_pretrain.planning.search import fed_by, fewest, search
@@ -101,6 +102,19 @@ def run(doc: str, argv: list[str]) -> str:
         write(options.out, plan, fingerprint(job.thin, job.wide, job.pairing))
         parts.append(f"{options.out} written; run it with --narrow.plan={options.out}")
     return "\n\n".join(parts)
+
+
+def dry_run(config: str, assignments: list[str], ranks: int) -> str:
+    """What a run of a recipe on `ranks` ranks would do in stage 2, from declared costs; its data need not be there."""
+    job = read_job(config, assignments)
+    section = job.recipe.narrow
+    plan = choose_plan(section, job.thin, job.wide, job.pairing, job.counts, ranks)
+    moving = flow(section, fed_by(section), zero_stage(section))
+    costs = declared(job.thin, job.wide, job.pairing, job.counts, section, moving.rows, target=here(), fed=moving.fed, length=job.length)
+    lines = [f"{job.recipe.run.name}: stage 2 on {ranks} {'rank' if ranks == 1 else 'ranks'} under plan {plan}; nothing is started"]
+    if job.assumed:
+        lines.append(f"assumed, since the data decides: {', '.join(job.assumed)}")
+    return "\n\n".join(["\n".join(lines), describe(plan, costs, usual(ranks), moving, section)])
 
 
 def read_job(config: str, assignments: list[str]) -> Job:

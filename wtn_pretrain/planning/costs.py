@@ -186,7 +186,7 @@ def describe(
         student=student,
         step=step,
         learns=piece.learns,
-        teacher_weights=sum(_size([*module.parameters(), *module.buffers()]) for module in unit._teacher),
+        teacher_weights=sum(_size([*module.parameters(), *module.buffers()]) for module in unit.teacher),
         student_weights=_size([*unit.parameters(), *unit.buffers()]),
         trained=trained,
         states=trained * STATES[section.optimizer.name],

@@ -63,7 +63,7 @@ def cut(
 
 def allocate(unit: Unit, device: torch.device | str) -> None:
     """Gives a meta unit memory on `device`, in place; its values are whatever was there."""
-    for module in (unit, *unit._teacher):
+    for module in (unit, *unit.teacher):
         module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
@@ -71,7 +71,7 @@ def materialise(unit: Unit, device: torch.device | str) -> Unit:
     """A copy of a meta unit on `device`: the weights of this unit alone, freshly drawn."""
     made = copy.deepcopy(unit)
     allocate(made, device)
-    for module in (made, *made._teacher):
+    for module in (made, *made.teacher):
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)
             if reset is not None:
@@ -141,7 +141,7 @@ def _shapes(flow: Flow | Mapping[str, Tensor]) -> list[str]:
 
 
 def _modules(unit: Unit) -> list[str]:
-    return [repr(unit.student), *map(repr, unit._teacher)]
+    return [repr(unit.student), *map(repr, unit.teacher)]
 
 
 def _maps(unit: Unit) -> list[str]:

@@ -4,40 +4,19 @@ import math
 from collections.abc import Sequence
 
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.imitation.plan import Plan
 from wtn_pretrain.imitation.schedules import Phase, phases
-from wtn_pretrain.models.base import BlockConfig, Flops
-from wtn_pretrain.planning.cluster import Cluster, usual
-from wtn_pretrain.planning.costs import UnitCost, declared, here
+from wtn_pretrain.planning.cluster import Cluster
+from wtn_pretrain.planning.costs import UnitCost
 from wtn_pretrain.planning.predict import Prediction, Stage, predict
-from wtn_pretrain.planning.search import fed_by
 from wtn_pretrain.planning.simulate import simulate
-from wtn_pretrain.planning.spans import Flow, SpanCosts, flow
+from wtn_pretrain.planning.spans import Flow, SpanCosts
 
 WIDTH = 140
 ROWS = 24
 """Spans that are shown one by one; of more, the first and the last."""
 MARKS = {"wait": ".", "teacher": "T", "student": "S", "reduce": "r"}
 HEAD = ["span", "units", "ranks", "nodes", "rows", "teacher", "student", "reduce", "relay", "step", "idle", "memory"]
-
-
-def dry_run(
-    thin: BlockConfig,
-    wide: BlockConfig,
-    pairing: Pairing,
-    counts: tuple[Flops, Flops],
-    section: ImitateSection,
-    plan: Plan,
-    cluster: Cluster | None = None,
-    *,
-    length: int | None = None,
-    zero: int = 0,
-) -> str:
-    """What `plan` will do, from declared costs: nothing is started. `cluster` None: what is usual for this kind of device."""
-    moving = flow(section, fed_by(section), zero)
-    costs = declared(thin, wide, pairing, counts, section, moving.rows, target=here(), fed=moving.fed, length=length)
-    return describe(plan, costs, cluster or usual(plan.ranks), moving, section)
 
 
 def describe(plan: Plan, costs: Sequence[UnitCost], cluster: Cluster, flow: Flow, section: ImitateSection) -> str:

@@ -50,8 +50,9 @@ class ResNetBlock(nn.Module):
         x = carry.hidden
         residual = x if self.shortcut is None else self.shortcut(x)
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = norm(conv(torch.relu(x) if index else x))
-        return Carry(torch.relu(x + residual), carry.context)
+            # in place: a batch norm's backward pass needs its input, not its output
+            x = norm(conv(torch.relu_(x) if index else x))
+        return Carry(torch.relu_(x.add_(residual)), carry.context)
 
 
 class ResNetHead(nn.Module):

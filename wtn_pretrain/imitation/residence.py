@@ -1,0 +1,138 @@
+"""Where the units of a rank live: all on the device, or one at a time, the others in host memory or on disk.
+
+One unit is home and the next one is being brought. What is brought is the teacher's modules, which never change, and the
+student's weights with their optimizer state, which go back when the unit leaves.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wtn_pretrain.device import SideStream
+from wtn_pretrain.imitation.learner import Learner
+from wtn_pretrain.imitation.pairing import Pairing
+from wtn_pretrain.imitation.units import Unit
+from wtn_pretrain.models.store import load_part
+
+State = dict[str, Tensor]
+
+
+class Residence:
+    """The units of a rank and where they are.
+
+    A unit whose teacher was made of meta tensors is away until it is `home`; one with real ones never leaves.
+    """
+
+    def __init__(self, units: Sequence[Unit], teacher: Path, pairing: Pairing, where: str) -> None:
+        """`teacher`: folder of the wide network; `where` units are while away: `none` (they never are), `host` or `disk`."""
+        self._units, self._folder, self._pairing, self._where = list(units), teacher, pairing, where
+        self._side = SideStream()
+        self._kept: dict[int, list[State]] = {}
+        self._home: Unit | None = None
+        self._coming: tuple[Unit, Future[tuple[list[State], torch.Event | None]]] | None = None
+        self.students_move = where != "none"
+        """Whether students come and go with their teachers."""
+        self._pool: ThreadPoolExecutor | None = None
+        if self.students_move:
+            self._start()
+        self._learners: dict[int, Learner] = {}
+
+    def knows(self, unit: int, learner: Learner) -> None:
+        """From now on the optimizer state of a unit goes where the unit goes."""
+        self._learners[unit] = learner
+
+    def home(self, unit: Unit, then: Unit | None = None) -> None:
+        """Makes `unit` the one that is home, and begins to bring `then`."""
+        if self._pool is None or unit is self._home:
+            return
+        if self._home is not None:
+            self._leave(self._home)
+        if self._coming is None or self._coming[0] is not unit:
+            self._drop()
+            self._coming = (unit, self._pool.submit(self._bring, unit))
+        states, ready = self._coming[1].result()
+        self._side.wait(ready, [value for state in states for value in state.values()])
+        for module, state in zip(unit.teacher, states, strict=True):
+            module.load_state_dict(state, assign=True)
+        self._move(unit, self._side.device)
+        self._home = unit
+        self._coming = None
+        if then is not None and then is not unit:
+            self._coming = (then, self._pool.submit(self._bring, then))
+
+    def vacate(self) -> None:
+        """Gives up the teachers that are on the device: they come from disk, one at a time, if they are wanted again."""
+        self._drop()
+        for unit in self._units:
+            self._leave(unit)
+        self._home = None
+        if self._pool is None:
+            self._where = "disk"
+            self._start()
+
+    def close(self) -> None:
+        self._drop()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _start(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="bring")
+
+    def _bring(self, unit: Unit) -> tuple[list[State], torch.Event | None]:
+        states = self._kept.get(unit.index)
+        if states is None:
+            states = [_pinned(state, self._side.pinned) for state in self._read(unit.index)]
+            if self._where == "host":
+                self._kept[unit.index] = states
+        with self._side.scope():
+            placed = [{name: self._side.to_device(value) for name, value in state.items()} for state in states]
+            return placed, self._side.done()
+
+    def _read(self, unit: int) -> list[State]:
+        parts = ["stem"] if unit == 0 else [f"blocks.{block}" for block in self._pairing.blocks_of(unit)[1]]
+        network = load_part(self._folder, parts)
+        return [dict(network.get_submodule(part).state_dict()) for part in parts]
+
+    def _leave(self, unit: Unit) -> None:
+        for module in unit.teacher:
+            _hollow(module)
+        self._move(unit, torch.device("cpu"))
+
+    def _move(self, unit: Unit, to: torch.device) -> None:
+        """The student's weights, buffers and moments."""
+        if self._side.device.type == "cpu" or not self.students_move:
+            return
+        learner = self._learners.get(unit.index)
+        for parameter in unit.student.parameters():
+            parameter.data = _moved(parameter.data, to)
+            if learner is not None:
+                moments = learner.moments(parameter)
+                moments.update({name: _moved(value, to) for name, value in moments.items() if isinstance(value, Tensor) and value.dim()})
+        for buffer in unit.student.buffers():
+            buffer.data = _moved(buffer.data, to)
+        if to.type == "cpu":
+            # what was copied must have arrived before it is brought again from another stream
+            torch.accelerator.current_stream().synchronize()
+
+    def _drop(self) -> None:
+        if self._coming is not None:
+            self._coming[1].result()
+            self._coming = None
+
+
+def _moved(tensor: Tensor, to: torch.device) -> Tensor:
+    if to.type == "cpu":
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    return tensor.to(to, non_blocking=True)
+
+
+def _hollow(module: nn.Module) -> None:
+    """Leaves of a module its shapes alone."""
+    module.to("meta")
+
+
+def _pinned(state: State, pinned: bool) -> State:
+    return {name: value.pin_memory() for name, value in state.items()} if pinned else state
