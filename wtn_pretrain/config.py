@@ -154,8 +154,12 @@ def _explain(section: type[Section], problem: Any) -> str:
         location.append(str(part))
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        names = [path for path, _, _ in _walk(section)]
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+        parent = ".".join([*location[:-1], ""])
+        beside = [parent + name for candidate in candidates for name in candidate.model_fields]
+        # the key that was meant is most likely in the same section
+        near = difflib.get_close_matches(key, beside, n=1) or difflib.get_close_matches(
+            key, [path for path, _, _ in _walk(section) if path != key], n=1, cutoff=0.0
+        )
         return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     if problem["type"] == "missing":
         return f"missing key {key}; set it in the file or with --{key}=VALUE"

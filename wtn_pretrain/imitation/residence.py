@@ -9,13 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wtn_pretrain.device import SideStream
 from wtn_pretrain.imitation.learner import Learner
 from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.imitation.units import Unit
-from wtn_pretrain.models.store import load_part
+from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.models.store import load_shape, read_parts
 
 State = dict[str, Tensor]
 
@@ -31,6 +32,8 @@ class Residence:
         self._units, self._folder, self._pairing, self._where = list(units), teacher, pairing, where
         self._side = SideStream()
         self._kept: dict[int, list[State]] = {}
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._shape: BlockNetwork | None = None
         self._home: Unit | None = None
         self._coming: tuple[Unit, Future[tuple[list[State], torch.Event | None]]] | None = None
         self.students_move = where != "none"
@@ -66,7 +69,7 @@ class Residence:
     def vacate(self) -> None:
         """Gives up the teachers that are on the device: they come from disk, one at a time, if they are wanted again."""
         self._drop()
-        for unit in self._units:
+        for unit in self._units if self._pool is None else [self._home] if self._home else []:
             self._leave(unit)
         self._home = None
         if self._pool is None:
@@ -84,21 +87,43 @@ class Residence:
     def _bring(self, unit: Unit) -> tuple[list[State], torch.Event | None]:
         states = self._kept.get(unit.index)
         if states is None:
-            states = [_pinned(state, self._side.pinned) for state in self._read(unit.index)]
+            states = self._read(unit.index)
             if self._where == "host":
                 self._kept[unit.index] = states
+        if self._side.device.type == "cpu":
+            return states, None
         with self._side.scope():
             placed = [{name: self._side.to_device(value) for name, value in state.items()} for state in states]
-            return placed, self._side.done()
+            ready = self._side.done()
+        if self._where == "disk":
+            self._side.synchronize()
+            self._give_back(states)
+        return placed, ready
 
     def _read(self, unit: int) -> list[State]:
+        if self._shape is None:
+            with torch.device("meta"):
+                self._shape = load_shape(self._folder).build()
         parts = ["stem"] if unit == 0 else [f"blocks.{block}" for block in self._pairing.blocks_of(unit)[1]]
-        network = load_part(self._folder, parts)
-        return [dict(network.get_submodule(part).state_dict()) for part in parts]
+        return read_parts(self._folder, self._shape, parts, self._take)
+
+    def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Host memory, of a unit that has left where one of this size has."""
+        free = self._free.get((shape, dtype))
+        return free.pop() if free else torch.empty(shape, dtype=dtype, pin_memory=self._side.pinned)
+
+    def _give_back(self, states: list[State]) -> None:
+        for state in states:
+            for value in state.values():
+                self._free.setdefault((value.shape, value.dtype), []).append(value)
 
     def _leave(self, unit: Unit) -> None:
+        if self._where == "disk" and self._side.device.type == "cpu":
+            # memory that is given back to the system and asked for again comes back in ever more pieces
+            self._give_back([{name: value.detach() for name, value in module.state_dict().items()} for module in unit.teacher])
         for module in unit.teacher:
-            _hollow(module)
+            # leaves its shapes alone
+            module.to("meta")
         self._move(unit, torch.device("cpu"))
 
     def _move(self, unit: Unit, to: torch.device) -> None:
@@ -127,12 +152,3 @@ def _moved(tensor: Tensor, to: torch.device) -> Tensor:
     if to.type == "cpu":
         return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
     return tensor.to(to, non_blocking=True)
-
-
-def _hollow(module: nn.Module) -> None:
-    """Leaves of a module its shapes alone."""
-    module.to("meta")
-
-
-def _pinned(state: State, pinned: bool) -> State:
-    return {name: value.pin_memory() for name, value in state.items()} if pinned else state

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -63,31 +63,48 @@ def load_part(folder: Path, parts: Iterable[str]) -> BlockNetwork:
 
     The rest has shapes alone (meta tensors), and so has a tensor that a part shares with one that was not asked for.
     """
-    config = load_shape(folder)
+    parts = list(parts)
     with torch.device("meta"):
-        network = config.build().eval()
+        network = load_shape(folder).build().eval()
+    for part, state in zip(parts, read_parts(folder, network, parts), strict=True):
+        network.get_submodule(part).load_state_dict(state, assign=True, strict=False)
+    return network
+
+
+def read_parts(
+    folder: Path, network: BlockNetwork, parts: Iterable[str], take: Callable[[torch.Size, torch.dtype], Tensor] | None = None
+) -> list[dict[str, Tensor]]:
+    """The tensors of `parts` in `folder`, by their names in the part; those that are stored under another part's name are left out.
+
+    Args:
+        network: one of the folder's shape; meta tensors will do.
+        take: gives the memory of each, None: new.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, or the file cannot be read.
+    """
     path = folder / "model.safetensors"
+    take = take or (lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    everything = network.state_dict(keep_vars=True)
+    states: list[dict[str, Tensor]] = []
     try:
         with safe_open(path, framework="pt") as file:
             stored = set(file.keys())
             for part in parts:
-                module = network.get_submodule(part).to_empty(device="cpu")
-                for name, value in module.state_dict(keep_vars=True).items():
-                    if f"{part}.{name}" in stored:
-                        found = file.get_tensor(f"{part}.{name}")
+                states.append({})
+                for name, value in network.get_submodule(part).state_dict(keep_vars=True).items():
+                    full = f"{part}.{name}"
+                    if full in stored:
+                        found = file.get_tensor(full)
                         if found.shape != value.shape:
-                            raise UserError(
-                                f"{path}: {part}.{name} has shape {list(found.shape)} for {list(value.shape)}; run the stage again"
-                            )
-                        value.data.copy_(found)
-                    elif _shared(network, f"{part}.{name}"):
-                        owner, _, leaf = name.rpartition(".")
-                        setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to("meta")))
-                    else:
-                        raise UserError(f"{path}: holds no {part}.{name}; the file is damaged, run the stage again")
+                            wrong = f"{list(found.shape)} for {list(value.shape)}"
+                            raise UserError(f"{path}: {full} has shape {wrong}; run the stage again")
+                        states[-1][name] = take(found.shape, found.dtype).copy_(found)
+                    elif sum(value is other for other in everything.values()) < 2:
+                        raise UserError(f"{path}: holds no {full}; the file is damaged, run the stage again")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged, run the stage again") from None
-    return network
+    return states
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -106,13 +123,6 @@ def load_state(network: nn.Module, state: dict[str, Tensor], source: str) -> Non
     with torch.no_grad():
         for name, value in state.items():
             own[name].copy_(value)
-
-
-def _shared(network: BlockNetwork, name: str) -> bool:
-    """Whether a tensor has another name in the network, under which it is stored."""
-    with torch.device("meta"):
-        names = network.config.build().state_dict(keep_vars=True)
-    return sum(value is names[name] for value in names.values()) > 1
 
 
 def _reference_order(config: BlockConfig, state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
