@@ -30,15 +30,17 @@ from statistics import median
 from typing import Any
 
 from common import parser, positive, run, table
-from pairs import MODELS, Pair, state
+from pairs import MODELS, SHAPES, Pair, resnet, state
 from torch import Tensor
 
 from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.device import to_device
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.engine import Imitator, Run
+from wtn_pretrain.imitation.engine import Run
+from wtn_pretrain.imitation.imitator import Imitator
 from wtn_pretrain.imitation.schedules import Phase, phases
-from wtn_pretrain.imitation.units import Flow
+from wtn_pretrain.models.base import Flow
+from wtn_pretrain.parallel.launch import start_ranks, stop_ranks
 
 ARMS = {
     "naive": {"schedule": "bottom_up", "feed": "teacher"},
@@ -58,15 +60,13 @@ def naive(imitator: Imitator, plan: list[Phase], stream: BatchStream) -> None:
     for phase in plan:
         (index,) = phase.losses
         imitator.begin(phase)
-        optimizer = imitator.optimizer(phase)
         for step in range(phase.steps):
             flow: Flow = to_device(stream.micro_batch(step, 0))
             for unit in imitator.units[: index + 1]:
-                imitator.work.teacher_flops += unit.teacher_flops * stream.batch_size
-                target, taps = unit.teach(flow)
+                target, taps = imitator.teach(unit, flow)
                 entered, flow = flow, target
             imitator.step_one(imitator.units[index], "teacher", entered, entered, target, taps)
-            imitator.update(phase, optimizer, step)
+            imitator.update(phase, step)
 
 
 def run_arm(pair: Pair, arm: str, steps: int) -> tuple[float, float, Imitator]:
@@ -83,7 +83,9 @@ def run_arm(pair: Pair, arm: str, steps: int) -> tuple[float, float, Imitator]:
             Run(imitator, plan, stream, Path(folder)).go()
         # reading a weight waits for whatever the device still has to do
         float(next(imitator.units[-1].parameters()).sum())
-        return time.perf_counter() - began, time.process_time() - worked, imitator
+        taken = time.perf_counter() - began, time.process_time() - worked
+    imitator.close()
+    return *taken, imitator
 
 
 def difference(student: Mapping[str, Tensor], reference: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
@@ -147,7 +149,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps = options.steps or (2 if options.preset == "ci" else 8)
     repeats = options.repeats or (1 if options.preset == "ci" else 3)
     chosen = MODELS if options.model == "both" else (options.model,)
+    if "resnet" in chosen:
+        resnet(options.blocks, SHAPES["resnet"][options.preset])  # refuses other depths before anything is measured
+    start_ranks()
     models = {model: measure_model(model, options.blocks, options.preset, steps, repeats) for model in chosen}
+    stop_ranks()
     least = {key: min(figures[key] for figures in models.values()) for key in RATIOS}
     return {"blocks": options.blocks, "steps": steps, "repeats": repeats, **least, "models": models}
 

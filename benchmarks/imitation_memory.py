@@ -17,7 +17,6 @@ the growth of the resident set over the same step in a fresh process (Linux): `r
 import argparse
 import os
 import sys
-import weakref
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,17 +24,15 @@ from typing import Any
 
 import torch
 from common import parser, run, table
-from pairs import MODELS, Pair
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from pairs import MODELS, SHAPES, Pair
 
 from wtn_pretrain.device import to_device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.engine import Imitator
+from wtn_pretrain.imitation.imitator import Entry, Imitator
 from wtn_pretrain.imitation.schedules import Phase, phases
-from wtn_pretrain.imitation.units import Flow
+from wtn_pretrain.parallel.launch import start_ranks, stop_ranks
+from wtn_pretrain.planning.footprint import LiveStorages
 
 DEPTHS = (4, 12, 48)
 ENDS = (DEPTHS[0], DEPTHS[-1])
@@ -46,51 +43,23 @@ STAGES = 2
 """Stages of the ResNet: every depth is a multiple."""
 
 
-class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make while it is active, until they are freed; `peak` is the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._followed: dict[int, weakref.finalize[Any, Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        # a storage that came in and is not followed was there before: a view of it, or a write into it, makes nothing
-        entered = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key = id(storage)
-                if key not in entered and key not in self._followed:
-                    size = storage.nbytes()
-                    self.live += size
-                    self._followed[key] = weakref.finalize(storage, self._freed, key, size)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self.live -= size
-        del self._followed[key]
-
-
-def ready(pair: Pair, schedule: str) -> tuple[Imitator, Phase, Flow]:
+def ready(pair: Pair, schedule: str) -> tuple[Imitator, Phase, Entry]:
     """An engine that has taken a first step, so that gradients exist, with the phase and batch of the next."""
     section = ImitateSection.model_validate({"schedule": SCHEDULES[schedule], "batch_size": pair.batch_size})
     imitator = pair.imitator(section)
     phase = phases(section, len(imitator.units) - 1, learns_stem=False)[-1]
     imitator.begin(phase)
     batch = to_device(pair.stream().micro_batch(0, 0))
-    imitator.step(phase, batch)
-    return imitator, phase, batch
+    entry = Entry(batch, batch)
+    imitator.step(phase, entry)
+    return imitator, phase, entry
 
 
 def peak_bytes(pair: Pair, schedule: str) -> int:
     """Most bytes at once of what a step makes."""
-    imitator, phase, batch = ready(pair, schedule)
+    imitator, phase, entry = ready(pair, schedule)
     with LiveStorages() as storages:
-        losses = imitator.step(phase, batch)
+        losses = imitator.step(phase, entry)
     if len(losses) != len(imitator.units) - 1:
         raise RuntimeError(f"{len(losses)} losses of {len(imitator.units) - 1} blocks: the step did not train them all")
     return storages.peak
@@ -99,10 +68,11 @@ def peak_bytes(pair: Pair, schedule: str) -> int:
 def resident_growth(model: str, blocks: int, schedule: str, preset: str, threads: int) -> int:
     """Bytes by which a step raises the peak resident set of this process over what it held before."""
     torch.set_num_threads(threads)
-    imitator, phase, batch = ready(Pair(model, blocks, preset, STAGES), schedule)
+    start_ranks()
+    imitator, phase, entry = ready(Pair(model, blocks, SHAPES[model][preset]._replace(stages=STAGES)), schedule)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
     before = _status("VmRSS")
-    imitator.step(phase, batch)
+    imitator.step(phase, entry)
     return _status("VmHWM") - before
 
 
@@ -115,7 +85,7 @@ def in_fresh_process(*arguments: Any) -> int:
 
 def measure_model(model: str, options: argparse.Namespace, resident: bool) -> dict[str, Any]:
     """The figures of one pair."""
-    pairs = {blocks: Pair(model, blocks, options.preset, STAGES) for blocks in DEPTHS}
+    pairs = {blocks: Pair(model, blocks, SHAPES[model][options.preset]._replace(stages=STAGES)) for blocks in DEPTHS}
     peaks = {schedule: {blocks: peak_bytes(pairs[blocks], schedule) for blocks in DEPTHS} for schedule in SCHEDULES}
     by_schedule = {schedule: max(peak.values()) / min(peak.values()) for schedule, peak in peaks.items()}
     figures: dict[str, Any] = {
@@ -138,7 +108,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if resident and not Path("/proc/self/clear_refs").exists():
         raise UserError("--resident: needs Linux's /proc/self/clear_refs; leave it out with --no-resident")
     chosen = MODELS if options.model == "both" else (options.model,)
+    start_ranks()
     models = {model: measure_model(model, options, resident) for model in chosen}
+    stop_ranks()
     return {
         "peak_activation_bytes": models[chosen[0]]["peak_activation_bytes"],
         "flatness": max(figures["flatness"] for figures in models.values()),

@@ -77,7 +77,7 @@ class Narrow:
         self.section, self.task, self.thin, self.wide, self.pairing = section, task, thin, wide, pairing
         self.teacher, self.folder, self.place, self.settings = teacher, folder, place, settings
         self.counts = task.forward_flops(thin), task.forward_flops(wide)
-        self.plan = choose_plan(section, thin, wide, pairing, self.counts, place.world_size)
+        self.plan = choose_plan(section, thin, wide, pairing, self.counts, place.world_size, task.length)
         learner_config(section, 1)
         with torch.device("meta"):
             self.kinds = bridge_kinds(thin.build(), wide.build(), pairing, section.bridge)

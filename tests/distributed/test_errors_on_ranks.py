@@ -11,7 +11,7 @@ from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.recipe import load_recipe
 from wtn_pretrain.stages import open_task
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_ranks")]
+pytestmark = pytest.mark.slow
 
 
 def image_folder(root: Path) -> list[Path]:

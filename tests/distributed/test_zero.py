@@ -19,7 +19,7 @@ from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.recipe import Recipe, load_recipe
 from wtn_pretrain.stages import open_task
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_ranks")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)

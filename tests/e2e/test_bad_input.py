@@ -4,6 +4,7 @@ Most go through `wtn_pretrain.cli.main` in this process, which is what the scrip
 """
 
 import gzip
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.running import BERT, RESNET, contents, recipe, start, succeed, write_recipe
+from tests.running import BERT, RESNET, contents, kill_at, recipe, start, succeed, write_recipe
 from wtn_pretrain.cli import main
 from wtn_pretrain.parallel import launch
 from wtn_pretrain.stages import Stages
@@ -305,7 +306,7 @@ def test_imitation_that_is_not_finite(refused: Refused, trained: Callable[[dict[
     line = refused(tree, script="imitate.py")
     assert "narrow: the imitation loss of unit 1 is not finite" in line
     assert "lower narrow.optimizer.lr" in line
-    assert not (tmp_path / "runs" / "resnet" / "narrow" / "checkpoint.pt").exists()
+    assert not (tmp_path / "runs" / "resnet" / "narrow" / "checkpoints").exists()
 
 
 def test_stages_before_their_time(refused: Refused) -> None:
@@ -360,15 +361,43 @@ def test_damaged_record_of_a_run(refused: Refused, trained: Callable[[dict[str, 
     assert "config.yaml:1: not valid YAML" in refused(recipe(RESNET))
 
 
-@pytest.mark.parametrize("damage", ["cut", "text"])
-def test_damaged_checkpoint_of_imitation(damage: str, refused: Refused, trained: Callable[[dict[str, Any]], Path], tmp_path: Path) -> None:
-    shutil.copytree(trained(recipe(RESNET)), tmp_path / "runs" / "resnet" / "wide")
-    checkpoint = tmp_path / "runs" / "resnet" / "narrow" / "checkpoint.pt"
-    checkpoint.parent.mkdir()
-    checkpoint.write_bytes({"cut": b"PK\x03\x04" + bytes(99), "text": b"no checkpoint"}[damage])
-    line = refused(recipe(RESNET), script="imitate.py")
-    assert "checkpoint.pt: cannot be read" in line
-    assert "remove it" in line
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, trained: Callable[[dict[str, Any]], Path]) -> Path:
+    """The folder of a run that was killed in its second stage, after a checkpoint."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    shutil.copytree(trained(recipe(RESNET)), folder / "runs" / "resnet" / "wide")
+    config = write_recipe(folder / "recipe.yaml", INTERRUPTED)
+    stage = folder / "runs" / "resnet" / "narrow"
+    kill_at("imitate.py", config, stage=stage, step=25)
+    # what lies beyond the checkpoint is dropped by any start, before the optimizers are read
+    last = int(newest(stage.parent).rpartition("step")[2])
+    kept = [line for line in (stage / "metrics.jsonl").read_text().splitlines(keepends=True)[:last] if json.loads(line)["step"] <= last]
+    (stage / "metrics.jsonl").write_text("".join(kept))
+    return stage.parent
+
+
+INTERRUPTED = recipe(RESNET, {"narrow.steps": 200, "narrow.checkpoint_every": 10})
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "gone"])
+@pytest.mark.parametrize("file", ["latest.json", "unit-0001.pt", "optimizer-0002.pt"])
+def test_damaged_checkpoint_of_imitation(file: str, damage: str, refused: Refused, interrupted: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(interrupted, tmp_path / "runs" / "resnet")
+    (path,) = [path for path in (run / "narrow" / "checkpoints").rglob(file) if path.parent.name in (newest(run), "checkpoints")]
+    if damage == "gone":
+        if file == "latest.json":
+            pytest.skip("then there is no checkpoint")
+        path.unlink()
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:-30], "text": b"no checkpoint"}[damage])
+    line = refused(INTERRUPTED, script="imitate.py")
+    assert f"{file}: {'is damaged' if file == 'latest.json' else 'cannot be read'}" in line
+    assert "remove " in line and "checkpoints to start" in line
+
+
+def newest(run: Path) -> str:
+    position = json.loads((run / "narrow" / "checkpoints" / "latest.json").read_text())
+    return f"phase{position['phase']}-step{position['step']}"
 
 
 SCRIPTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {

@@ -116,7 +116,6 @@ def test_finetune(name: str, tmp_path: Path, trained: Trained) -> None:
     interrupted(tmp_path, "finetune.py", "finetune", case, trained(recipe(case.base, model), "narrow"))
 
 
-@pytest.mark.usefixtures("two_ranks")
 def test_wide_on_two_ranks_with_zero_2(tmp_path: Path) -> None:
     case = Case(BERT, {**DROPOUT, "wide.steps": 60, "wide.deepspeed": "ds_configs/zero2.json"}, (13,))
     interrupted(tmp_path, "train_wide.py", "wide", case, ranks=2)

@@ -13,9 +13,8 @@ from wtn_pretrain.models.base import BlockNetwork, Carry, Flow, boundary_shapes
 
 def apply_map(matrix: Tensor, hidden: Tensor, channel_axis: int) -> Tensor:
     """`matrix` [out, in] applied along the carried width of `hidden`."""
-    if channel_axis == -1:
-        return hidden @ matrix.T
-    return torch.einsum("oc,bcyx->boyx", matrix, hidden)
+    # the axis goes last and back: maps of images stay channels-last, in which the convolutions around are fastest
+    return (hidden.movedim(channel_axis, -1) @ matrix.T).movedim(-1, channel_axis)
 
 
 def left_inverse(expand: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ class Unit(nn.Module):
         self.entry, self.exit = entry, exit_
         # the teacher is no part of this module: it has no state to save and must never leave eval mode
         self.teacher = tuple(module.eval().requires_grad_(False) for module in teacher)
+        if index:  # a stem that was copied is bit for bit the student's
+            for module in self.teacher:
+                _channels_last(module)
         self._axis = network.channel_axis
         self._counted: Callable[[Carry], Tensor | None] = network.counted
         self._section = section
@@ -190,3 +193,8 @@ def start_from_teacher(unit: Unit) -> None:
         for name, mine in student.state_dict().items():
             if name in theirs and theirs[name].shape == mine.shape:
                 mine.copy_(theirs[name])
+
+
+def _channels_last(module: nn.Module) -> None:
+    """Weights of convolutions in the layout of what flows through them, else each call copies them into it; in place."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

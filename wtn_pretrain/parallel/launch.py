@@ -64,19 +64,18 @@ def another_failed() -> bool:
 
 
 def stop_ranks() -> None:
-    """Leaves the process group, if this process is in one. After a mistake rank 0 stays until all have seen that there was one."""
+    """Leaves the process group, if this process is in one. Rank 0 stays until all have seen how it ended."""
     if not torch.distributed.is_initialized():
         return
-    failed, store = another_failed(), _store()
+    store = _store()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.distributed.destroy_process_group()
-    if failed:
-        with contextlib.suppress(torch.distributed.DistError):
-            store.add("left", 1)
-            deadline = time.monotonic() + 5
-            # the store lives in rank 0's process
-            while rank == 0 and store.add("left", 0) < ranks and time.monotonic() < deadline:
-                time.sleep(0.05)
+    with contextlib.suppress(torch.distributed.DistError):
+        store.add("left", 1)
+        deadline = time.monotonic() + 5
+        # the store lives in rank 0's process
+        while rank == 0 and store.add("left", 0) < ranks and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 _stores = itertools.count()

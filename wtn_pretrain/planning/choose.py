@@ -11,15 +11,21 @@ from wtn_pretrain.planning.search import automatic
 
 
 def choose_plan(
-    section: ImitateSection, thin: BlockConfig, wide: BlockConfig, pairing: Pairing, counts: tuple[Flops, Flops], ranks: int
+    section: ImitateSection,
+    thin: BlockConfig,
+    wide: BlockConfig,
+    pairing: Pairing,
+    counts: tuple[Flops, Flops],
+    ranks: int,
+    length: int | None = None,
 ) -> Plan:
-    """Which rank holds which units; the same answer on every rank.
+    """Which rank holds which units; the same answer on every rank. `length` is that of sequences (None: the longest).
 
     Raises:
         UserError: the plan that the section names does not fit the networks or the ranks.
     """
     if section.plan == "auto":
-        plan = automatic(thin, wide, pairing, counts, section, ranks)
+        plan = automatic(thin, wide, pairing, counts, section, ranks, length)
     elif Path(section.plan).suffix == ".json":
         plan = read(Path(section.plan), fingerprint(thin, wide, pairing))
     else:

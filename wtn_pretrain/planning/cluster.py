@@ -41,6 +41,8 @@ class Cluster(NamedTuple):
     """Bandwidth of an all-reduce as a share of the link's (on the CPU summing takes time of its own)."""
     hidden: float = 1.0
     """Share of a relay that costs the computation nothing; on the CPU, copying takes some of it."""
+    slack: float = 0.0
+    """What the allocator holds beside the memory of the unit at work, as a share of it; a heap of the CPU breaks into pieces."""
 
     def all_reduce(self, size: np.ndarray | float, replicas: np.ndarray, crosses: bool) -> np.ndarray:
         """Seconds of a ring over `replicas` ranks for `size` bytes on each; slow where it crosses nodes."""
@@ -63,7 +65,7 @@ def data_centre(ranks: int) -> Cluster:
 def cores(ranks: int) -> Cluster:
     """Cores of one machine over gloo: 1 GB/s and 0.1 ms, no limit of memory, 0.5 GB the process's own."""
     link = Link(1e9, 1e-4)
-    return Cluster(ranks, ranks, link, link, base=500_000_000, reduce=0.5, hidden=0.5)
+    return Cluster(ranks, ranks, link, link, base=500_000_000, reduce=0.5, hidden=0.5, slack=1.2)
 
 
 def usual(ranks: int) -> Cluster:

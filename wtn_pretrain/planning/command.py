@@ -108,7 +108,7 @@ def dry_run(config: str, assignments: list[str], ranks: int) -> str:
     """What a run of a recipe on `ranks` ranks would do in stage 2, from declared costs; its data need not be there."""
     job = read_job(config, assignments)
     section = job.recipe.narrow
-    plan = choose_plan(section, job.thin, job.wide, job.pairing, job.counts, ranks)
+    plan = choose_plan(section, job.thin, job.wide, job.pairing, job.counts, ranks, job.length)
     moving = flow(section, fed_by(section), zero_stage(section))
     costs = declared(job.thin, job.wide, job.pairing, job.counts, section, moving.rows, target=here(), fed=moving.fed, length=job.length)
     lines = [f"{job.recipe.run.name}: stage 2 on {ranks} {'rank' if ranks == 1 else 'ranks'} under plan {plan}; nothing is started"]

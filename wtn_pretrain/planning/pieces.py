@@ -64,7 +64,7 @@ def cut(
 def allocate(unit: Unit, device: torch.device | str) -> None:
     """Gives a meta unit memory on `device`, in place; its values are whatever was there."""
     for module in (unit, *unit.teacher):
-        module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        module._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device))
 
 
 def materialise(unit: Unit, device: torch.device | str) -> Unit:

@@ -25,6 +25,9 @@ from wtn_pretrain.planning.footprint import train
 from wtn_pretrain.planning.pieces import Piece, autocast, batch, cut, materialise
 from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
 
+RUNTIME = 25_000_000
+"""Bytes that a process takes once it works: threads, kernels made at run time, libraries that are loaded when first used."""
+
 
 class Profile(NamedTuple):
     """What was measured."""
@@ -51,7 +54,7 @@ def profile(
     Each figure is the median of `repeats` after a warm-up. In a process group of one (`parallel.launch.start_ranks`) steps are
     DeepSpeed's, as in a run; else plain torch's.
     """
-    base = resident() if device().type == "cpu" else 0
+    base = resident() + RUNTIME if device().type == "cpu" else 0
     found: dict[str, UnitCost] = {}
     costs = []
     for piece in cut(thin, wide, pairing, counts, section, length):

@@ -123,7 +123,7 @@ class SpanCosts:
             gradients=gradients,
             packets=(flow.in_flight + 1) * np.broadcast_to(incoming, outgoing.shape) + flow.in_flight * outgoing,
             targets=targets,
-            work=np.maximum(work - gradients, 0) + bucket,
+            work=np.maximum(work - gradients, 0) * (1 + self.cluster.slack) + bucket,
         )
 
     def _peak(self, first: int) -> np.ndarray:

@@ -27,6 +27,8 @@ class Task(ABC):
     valid: Dataset
     metric: Metric
     workers: int
+    length: int | None = None
+    """Of sequences; None for what is none."""
 
     @abstractmethod
     def complete(self, config: BlockConfig) -> BlockConfig:

@@ -35,6 +35,7 @@ class MlmTask(Task):
     """Predict masked tokens; the loss is the mean over them, plus the pair head's if there is one."""
 
     metric = Metric("masked accuracy", "%", True)
+    length: int
 
     def __init__(self, section: MlmSection, data: TextData, config: BertConfig, cache: Path) -> None:
         splits = open_text(data, cache)

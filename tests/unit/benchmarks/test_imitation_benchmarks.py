@@ -1,7 +1,6 @@
 """The benchmarks of stage 2 at their tiny preset: their keys, and the figures that do not depend on the machine."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from tests.running import environment
+
 ROOT = Path(__file__).parents[3]
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"benchmarks/{script}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
 
 
 def figures(script: str, folder: Path, *arguments: str) -> dict[str, Any]:

@@ -174,11 +174,11 @@ def test_joint_is_end_to_end_and_local_is_not() -> None:
 
 def test_the_teacher_never_changes(tmp_path: Path) -> None:
     imitator, stream, order = setup("resnet inner", section(schedule="hybrid"))
-    before = [copy.deepcopy(module.state_dict()) for unit in imitator.units for module in unit._teacher]
+    before = [copy.deepcopy(module.state_dict()) for unit in imitator.units for module in unit.teacher]
     Run(imitator, order, stream, tmp_path).go()
-    after = [module.state_dict() for unit in imitator.units for module in unit._teacher]
+    after = [module.state_dict() for unit in imitator.units for module in unit.teacher]
     assert all(torch.equal(old[key], new[key]) for old, new in zip(before, after, strict=True) for key in old)
-    assert not any(key.startswith("_teacher") for unit in imitator.units for key in unit.state_dict())
+    assert not any(key.startswith("teacher") for unit in imitator.units for key in unit.state_dict())
 
 
 @pytest.mark.parametrize("below", ["frozen", "slow", "joint"])
