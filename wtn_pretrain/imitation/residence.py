@@ -110,7 +110,11 @@ class Residence:
     def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Host memory, of a unit that has left where one of this size has."""
         free = self._free.get((shape, dtype))
-        return free.pop() if free else torch.empty(shape, dtype=dtype, pin_memory=self._side.pinned)
+        if free:
+            return free.pop()
+        # convolutions in the layout of what flows through them
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, pin_memory=self._side.pinned, memory_format=layout)
 
     def _give_back(self, states: list[State]) -> None:
         for state in states:

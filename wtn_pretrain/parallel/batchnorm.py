@@ -4,30 +4,53 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over the ranks of a group; every rank's loss depends on it, so its gradient is summed as well."""
+class _NormOverRanks(torch.autograd.Function):
+    """Batch norm with the statistics of the samples of all ranks. Of the activations only the input is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[B, C, Y, X] normalised, and what it was normalised with: mean [C], biased variance [C], count [] over all ranks."""
+        channels = x.shape[1]
+        variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        own = torch.cat([mean, variance, mean.new_tensor([x.numel() // channels])])
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        parts = torch.stack(gathered)
+        # statistics of the parts joined (Chan, Golub and LeVeque 1979): no difference of large sums, the same on every rank
+        means, variances, counts = parts[:, :channels], parts[:, channels:-1], parts[:, -1:]
+        count = counts.sum()
+        mean = (means * counts).sum(0) / count
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps), count)
         ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
+        ctx.mark_non_differentiable(mean, variance, count)
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, scale, count = ctx.saved_tensors
+        given = gradients[0].float()
+        normal = (x.float() - mean[:, None, None]) * scale[:, None, None]
+        of_bias, of_weight = given.sum(dim=(0, 2, 3)), (given * normal).sum(dim=(0, 2, 3))
+        # every rank's loss depends on the statistics, so their gradients are summed
+        shared = torch.cat([of_bias, of_weight])
+        dist.all_reduce(shared, group=ctx.group)
+        to_mean, to_variance = (shared / count).view(2, -1)
+        normal.mul_(to_variance[:, None, None]).add_(to_mean[:, None, None])
+        of_input = torch.sub(given, normal, out=normal).mul_((weight * scale)[:, None, None])
+        return of_input.to(x.dtype), of_weight, of_bias, None, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose training statistics are those of the samples of all ranks of `group`; gradients cross the ranks too.
 
-    Ranks may hold different numbers of samples. Same parameters, buffers and state as `nn.BatchNorm2d`.
+    Ranks may hold different numbers of samples. Same parameters, buffers and state as `nn.BatchNorm2d`; statistics in fp32.
     """
 
     group: dist.ProcessGroup | None = None
@@ -37,24 +60,16 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """[B, C, Y, X] to [B, C, Y, X]."""
         if not self.training or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             return super().forward(x)
-        # statistics in single precision, as torch's own batch norm keeps them under autocast
-        dtype, x = x.dtype, x.float()
-        own = x.new_tensor([x.numel() // x.shape[1]])
-        sums = _SumOverRanks.apply(torch.cat([x.sum(dim=(0, 2, 3)), own]), self.group)
-        count = sums[-1].detach()
-        mean = sums[:-1] / count
-        centred = x - mean[:, None, None]
-        variance = _SumOverRanks.apply(centred.square().sum(dim=(0, 2, 3)), self.group) / count
         # torch types them as optional, for norms without statistics, which these networks do not use
         tracked, running_mean, running_var, momentum = self.num_batches_tracked, self.running_mean, self.running_var, self.momentum
         if tracked is None or running_mean is None or running_var is None or momentum is None:
             raise RuntimeError("batch norm without running statistics is not supported")
+        result, mean, variance, count = _NormOverRanks.apply(x, self.weight, self.bias, self.eps, self.group)
         with torch.no_grad():
             tracked += 1
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(variance * (count / (count - 1)), momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+        return result
 
 
 def synchronise_batch_norm(network: nn.Module, group: dist.ProcessGroup | None = None) -> None:

@@ -139,7 +139,7 @@ def test_a_profile_builds_one_unit_of_each_shape(name: str, monkeypatch: pytest.
 
 def test_pieces_hold_no_memory_and_leave_the_networks_alone() -> None:
     for piece in pieces("bert outer", ImitateSection()):
-        held = [*piece.unit.parameters(), *(tensor for module in piece.unit._teacher for tensor in module.parameters())]
+        held = [*piece.unit.parameters(), *(tensor for module in piece.unit.teacher for tensor in module.parameters())]
         assert held and all(tensor.is_meta for tensor in held)
         made = materialise(copy.deepcopy(piece.unit), "cpu")
         assert not any(parameter.is_meta for parameter in made.parameters())

@@ -12,11 +12,11 @@ from wtn_pretrain.imitation.pairing import pair
 from wtn_pretrain.imitation.plan import check, fingerprint, parse, read, single
 from wtn_pretrain.models import BertConfig
 from wtn_pretrain.models.base import flops
-from wtn_pretrain.planning.cluster import data_centre
+from wtn_pretrain.planning.cluster import Cluster, data_centre, usual
 from wtn_pretrain.planning.command import read_job, run
-from wtn_pretrain.planning.costs import DATA_CENTRE, declared
-from wtn_pretrain.planning.search import automatic
-from wtn_pretrain.planning.show import ROWS, WIDTH, describe, dry_run, seconds
+from wtn_pretrain.planning.costs import DATA_CENTRE, declared, here
+from wtn_pretrain.planning.search import automatic, fed_by
+from wtn_pretrain.planning.show import ROWS, WIDTH, describe, seconds
 from wtn_pretrain.planning.spans import flow
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,13 +31,21 @@ def section(**values: object) -> ImitateSection:
     return ImitateSection.model_validate({"batch_size": 64, "steps": 100, **values})
 
 
+def shown(spans: str, cluster: Cluster | None = None) -> str:
+    """What a plan is told to do, from declared costs."""
+    moving = flow(section(), fed_by(section()))
+    costs = declared(THIN, WIDE, PAIRING, COUNTS, section(), moving.rows, target=here(), fed=moving.fed)
+    made = parse(spans)
+    return describe(made, costs, cluster or usual(made.ranks), moving, section())
+
+
 def plan(*arguments: str) -> str:
     return run("A plan.", ["--config", str(CLUSTER), *arguments])
 
 
 @pytest.mark.parametrize("spans", ["0-40", "0-20,21-40x3", ",".join(f"{unit}-{unit}" for unit in range(41))])
 def test_text_is_ascii_and_fits(spans: str) -> None:
-    text = dry_run(THIN, WIDE, PAIRING, COUNTS, section(), parse(spans), data_centre(64))
+    text = shown(spans, data_centre(64))
     assert text.isascii()
     lines = text.splitlines()
     assert max(map(len, lines)) <= WIDTH
@@ -49,7 +57,7 @@ def test_text_is_ascii_and_fits(spans: str) -> None:
 
 
 def test_the_timeline_shows_that_spans_start_one_after_the_other() -> None:
-    text = dry_run(THIN, WIDE, PAIRING, COUNTS, section(), parse("0-13,14-27,28-40"))
+    text = shown("0-13,14-27,28-40")
     bars = [line[3:] for line in text.splitlines() if line[:3] in ("0  ", "1  ", "2  ")]
     starts = [bar.index("T") for bar in bars]
     assert starts[0] == 0 and starts[0] < starts[1] < starts[2]
