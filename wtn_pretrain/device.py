@@ -1,5 +1,6 @@
 """The one place that names an accelerator."""
 
+import math
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,12 @@ def peak_memory() -> int:
     if here.type == "cuda":
         return torch.cuda.max_memory_allocated(here)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_memory() -> float:
+    """Bytes of the device's own memory; infinite on the CPU, whose ranks share what there is."""
+    here = device()
+    return float(torch.cuda.get_device_properties(here).total_memory) if here.type == "cuda" else math.inf
 
 
 def to_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,6 +17,20 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda file: file.write(text.encode()))
 
 
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Like `write_text`, for a writer that wants a path of its own."""
+
+    def through(file: BinaryIO) -> None:
+        try:
+            write(Path(file.name))
+        except OSError:
+            raise
+        except Exception as error:  # libraries have errors of their own for a full disk
+            raise RuntimeError(str(error)) from error
+
+    write_file(path, through)
+
+
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Like `write_text`, for a file that `write` fills."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

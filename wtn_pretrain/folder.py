@@ -58,7 +58,7 @@ class RunFolder:
 
 # where a run lies, how it looks, saves and is exported may change from one start to the next; what it computes may not
 _FREE = re.compile(
-    r"run\.folder|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every)|narrow\.(plan|in_flight|patience|trace)"
+    r"run\.folder|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every)|narrow\.(plan|in_flight|patience|trace|offload|offload_batches)"
 )
 
 

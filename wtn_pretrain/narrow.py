@@ -3,10 +3,11 @@
 import copy
 import json
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,11 +18,11 @@ from wtn_pretrain.compress.merge import Bridged, merge_and_check
 from wtn_pretrain.config import Section
 from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.device import device, to_device
-from wtn_pretrain.files import write_file, write_text
+from wtn_pretrain.files import write_beside, write_file, write_text
 from wtn_pretrain.imitation.bridges import Bridge, bridge_kinds, enough, place_bridges, sample_teacher, start_maps, teacher_modules
 from wtn_pretrain.imitation.cache import ActivationCache
 from wtn_pretrain.imitation.cache_key import Key, data_identity, network_identity
-from wtn_pretrain.imitation.cache_layout import lay_out
+from wtn_pretrain.imitation.cache_layout import CacheLayout, lay_out
 from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.engine import Run, open_stream
@@ -58,6 +59,18 @@ ERROR_BATCHES = 8
 """Validation batches over which the error of each unit is measured at the end."""
 
 
+class Answers(NamedTuple):
+    """A cache of the teacher's answers, and how many of its first micro-batches it holds."""
+
+    cache: ActivationCache
+    layout: CacheLayout
+    kept: int
+
+    @property
+    def full(self) -> bool:
+        return self.kept == self.layout.batches
+
+
 class Narrow:
     """Stage 2 of one seed on this rank."""
 
@@ -78,7 +91,9 @@ class Narrow:
         self.teacher, self.folder, self.place, self.settings = teacher, folder, place, settings
         self.counts = task.forward_flops(thin), task.forward_flops(wide)
         self.plan = choose_plan(section, thin, wide, pairing, self.counts, place.world_size, task.length)
+        # a file that does not fit is refused before anything is loaded
         learner_config(section, 1)
+        self._wirings: list[Wiring] = []
         with torch.device("meta"):
             self.kinds = bridge_kinds(thin.build(), wide.build(), pairing, section.bridge)
 
@@ -100,8 +115,11 @@ class Narrow:
                 with observer.allow(MERGE, "merge"):
                     finish(self._assemble(observer, store))
                 store.set("finished", "yes")
-            with observer.waiting(0):
-                wait_for_rank(lambda: store.check(["finished"]))
+            self._meet(0, "finished", observer, store)
+            # nobody uses them any more, and the next seed makes its own
+            for wiring in self._wirings:
+                wiring.close()
+            self._wirings.clear()
 
     def _imitate(self, seed: int, data_seed: int, observer: Observer, store: Store) -> None:
         section = self.section
@@ -109,27 +127,36 @@ class Narrow:
         with observer.waiting():
             wiring = Wiring(self.plan, self.place, rows, wire)
         with observer.allow(LOAD, "load"):
-            wide = self._wide(wiring)
-            thin = self._student(seed, wiring)
             stream = open_stream(self.task.train, section, data_seed, part=wiring.part, workers=self.task.workers)
-        bridges = self._bridges(data_seed, wiring, wide, observer, store)
+            thin = self._student(seed, wiring)
+        store_of_answers = self._open_cache(stream, observer, store) if section.cache else None
+        # a teacher whose answers are known is needed for a moment only, a unit at a time
+        known = store_of_answers is not None and store_of_answers.full
+        where = "disk" if known and section.offload == "none" else section.offload
+        with observer.allow(LOAD, "load"):
+            wide = self._wide(wiring, whole=where == "none")
+        bridges = self._bridges(data_seed, wiring, wide, where == "none", observer, store)
         if wiring.span.first == 0:
             entry = bridges.get(0)
             thin.start_stem_from(wide, entry.reduce().detach() if entry else None)
         units = make_units(thin, wide, self.pairing, bridges, section, self.counts, wiring.span.units)
-        residence = Residence(units, self.teacher, self.pairing, section.offload)
+        residence = Residence(units, self.teacher, self.pairing, where, section.offload != "none", observer.lane)
         for unit in units:
             if section.init == "matching" and unit.index:
-                residence.home(unit)
-                start_from_teacher(unit)
+                with observer.allow(LOAD, "start"):
+                    residence.home(unit)
+                    start_from_teacher(unit)
         imitator = Imitator(units, section, wiring.replicas, observer, residence)
         order = phases(section, self.pairing.units, learns_stem=self.kinds[0] is not None)
-        taught = self._taught(imitator, wiring, stream, observer, store) if section.cache else None
+        taught = None
+        if store_of_answers is not None:
+            taught = self._taught(store_of_answers, imitator, wiring, stream, observer, store)
         position = Run(imitator, order, stream, self.folder, wiring, taught).go()
-        errors = imitation_errors(imitator, wiring, batches(self.task.valid, section.batch_size), ERROR_BATCHES)
+        errors = imitation_errors(imitator, wiring, batches(self.task.valid, rows), ERROR_BATCHES)
         imitator.close()
         residence.close()
         forget_replicas()
+        self._wirings.append(wiring)
         if wiring.leads:
             store.set(f"errors-{wiring.seat.span}", json.dumps({"position": position, "errors": errors}))
 
@@ -149,10 +176,10 @@ class Narrow:
             write_utilisation(self.folder, uses)
             say(f"narrow: idle {100 * bubble(uses):.1f}% of the steady part; {path} opens in ui.perfetto.dev")
 
-    def _wide(self, wiring: Wiring) -> BlockNetwork:
-        """The wide network of which only this span's modules are there; if units are brought one by one, only the stem."""
+    def _wide(self, wiring: Wiring, whole: bool) -> BlockNetwork:
+        """The wide network of which this span's modules are there (not `whole`: of them, only the stem)."""
         parts = ["stem"] if wiring.span.first == 0 else []
-        if self.section.offload == "none":
+        if whole:
             parts += [part for unit in wiring.span.units if unit for part in self._parts(unit)]
         return self._load(parts)
 
@@ -162,10 +189,10 @@ class Narrow:
     def _load(self, parts: list[str]) -> BlockNetwork:
         return load_part(self.teacher, parts).requires_grad_(False)._apply(_to_here)
 
-    def _modules(self, wide: BlockNetwork, unit: int) -> list[nn.Module]:
-        """The teacher's modules of a unit, loaded for this once if they are not there."""
-        here = wide if self.section.offload == "none" else self._load(self._parts(unit))
-        return teacher_modules(here, self.pairing, unit)
+    def _modules(self, wide: BlockNetwork, whole: bool, observer: Observer, unit: int) -> list[nn.Module]:
+        """The teacher's modules of a unit, loaded for this once if the wide network is not `whole`."""
+        observer.at(f"samples {unit}")
+        return teacher_modules(wide if whole else self._load(self._parts(unit)), self.pairing, unit)
 
     def _student(self, seed: int, wiring: Wiring) -> BlockNetwork:
         """The thin network of which only this span's modules are there, the same under every plan."""
@@ -180,7 +207,7 @@ class Narrow:
         thin.head.to("meta")
         return thin._apply(_to_here)
 
-    def _bridges(self, seed: int, wiring: Wiring, wide: BlockNetwork, observer: Observer, store: Store) -> dict[int, Bridge]:
+    def _bridges(self, seed: int, wiring: Wiring, wide: BlockNetwork, whole: bool, observer: Observer, store: Store) -> dict[int, Bridge]:
         """The bridges of this rank's units, made on the first rank from what the leaders of all spans have sampled."""
         if not any(self.kinds):
             return {}
@@ -192,9 +219,10 @@ class Narrow:
             def sample(entries: Any, send: Send | None) -> dict[int, Tensor]:
                 flows = (entry.teacher for entry in entries)
                 forward = None if send is None else lambda carry: send(carry, None, None)
-                return sample_teacher(partial(self._modules, wide), wide.channel_axis, wiring.span.units, flows, forward)
+                return sample_teacher(partial(self._modules, wide, whole, observer), wide.channel_axis, wiring.span.units, flows, forward)
 
-            samples = through_leaders(wiring, data, SAMPLE_BATCHES, self.section.in_flight, observer, sample)
+            with observer.allow(LOAD, "samples"):
+                samples = through_leaders(wiring, data, SAMPLE_BATCHES, self.section.in_flight, observer, sample)
             write_file(place / f"samples-{wiring.seat.span}.pt", lambda file: torch.save(samples, file))
             store.add("sampled", 1)
         if self.place.rank == 0:
@@ -207,7 +235,8 @@ class Narrow:
                 with torch.device("meta"):
                     thin = self.thin.build()
                 maps = start_maps(thin, self.pairing, self.kinds, samples)
-                save_file({str(boundary): start.cpu().clone() for boundary, start in maps.items()}, place / "bridges.safetensors")
+                starts = {str(boundary): start.cpu().clone() for boundary, start in maps.items()}
+                write_beside(place / "bridges.safetensors", lambda part: save_file(starts, part))
             store.add("bridges", 1)
         with observer.waiting(0):
             wait_for_rank(lambda: store.add("bridges", 0) > 0)
@@ -218,9 +247,9 @@ class Narrow:
         below = {self.pairing.student[wiring.span.first - 1]} if wiring.span.first else set()
         return place_bridges({boundary: start for boundary, start in maps.items() if boundary in mine | below}, self.pairing, self.kinds)
 
-    def _taught(self, imitator: Imitator, wiring: Wiring, stream: BatchStream, observer: Observer, store: Store) -> Taught:
-        """The teacher's answers from the cache, which all ranks fill first where it is not complete."""
-        section, place = self.section, Path(self.section.cache)
+    def _open_cache(self, stream: BatchStream, observer: Observer, store: Store) -> Answers:
+        """The cache of the teacher's answers, ready to be filled or read."""
+        section = self.section
         if self.place.rank == 0:
             with observer.allow(LOAD, "identify"):
                 data = data_identity(self.task.train, **self.settings)
@@ -228,26 +257,36 @@ class Narrow:
             store.set("key", as_text(key))
         self._meet(0, "key", observer, store)
         key = from_text(store.get("key").decode())
-        steps = min(section.cache_batches or section.steps, section.steps)
+        batches = min(section.cache_batches or section.steps, section.steps) * stream.accumulation
         sample = open_stream(self.task.train, section, stream.seed).micro_batch(0, 0)
-        batches = steps * stream.accumulation
         layout = lay_out(self.wide, self.pairing.teacher, sample, batches, precision=section.precision, stored=section.cache_dtype)
-        cache = ActivationCache(place, key, layout)
+        cache = ActivationCache(Path(section.cache), key, layout)
         if self.place.rank == 0:
             with observer.allow(LOAD, "prepare"):
                 store.set("kept", str(cache.prepare()))
         self._meet(0, "kept", observer, store)
-        # a micro-batch that was cut short by a crash is made anew with its step
-        first = int(store.get("kept")) // stream.accumulation
-        if first < steps:
-            say(f"narrow: storing the teacher's outputs of {steps - first} batches in {place} ({cache.size / 2**30:.2f} GiB)")
-            outbox = Outbox(wiring.above, section.in_flight, observer.lane) if wiring.above else None
-            send = sender(outbox, wiring.above, observer) if outbox and wiring.above else None
-            entries = arriving(wiring, stream, range(first, steps), section.in_flight, observer)
+        return Answers(cache, layout, int(store.get("kept")))
+
+    def _taught(
+        self, answers: Answers, imitator: Imitator, wiring: Wiring, stream: BatchStream, observer: Observer, store: Store
+    ) -> Taught:
+        """The teacher's answers from the cache, which all ranks fill first where it is not full."""
+        cache, section = answers.cache, self.section
+        if not answers.full:
+            began = time.monotonic()
+            # a micro-batch that was cut short by a crash is made anew with its step
+            first, steps = answers.kept // stream.accumulation, answers.layout.batches // stream.accumulation
+            say(f"narrow: storing the teacher's outputs of {steps - first} batches in {cache.folder} ({cache.size / 2**30:.2f} GiB)")
+            # what is kept for others must not be rounded on its way
+            below, above = (link.exact() if link else None for link in (wiring.below, wiring.above))
+            outbox = Outbox(above, section.in_flight, observer.lane) if above else None
+            send = sender(outbox, above, observer) if outbox and above else None
+            entries = arriving(below, stream, range(first, steps), section.in_flight, observer)
             fill(cache, imitator, wiring, first * stream.accumulation, entries, send, section.offload_batches)
-            if outbox and wiring.above:
-                with observer.output(wiring.above.ranks):
+            if outbox and above:
+                with observer.output(above.ranks):
                     outbox.close()
+            imitator.work.seconds += time.monotonic() - began
             store.add("filled", 1)
             if self.place.rank == 0:
                 with observer.waiting():
@@ -257,7 +296,7 @@ class Narrow:
                 store.set("cached", "yes")
             self._meet(0, "cached", observer, store)
         imitator.residence.vacate()
-        return Taught(cache.reader(), layout, wiring, place)
+        return Taught(cache.reader(), answers.layout, wiring, cache.folder)
 
     @staticmethod
     def _meet(rank: int, word: str, observer: Observer, store: Store) -> None:
@@ -292,7 +331,7 @@ class Narrow:
                 for boundary, bridge in bridges.items()
                 for name, value in bridge.state_dict().items()
             }
-            save_file(state, self.folder / "bridges.safetensors")
+            write_beside(self.folder / "bridges.safetensors", lambda part: save_file(state, part))
         write_text(self.folder / "merge.json", json.dumps(report, indent=2) + "\n")
         save_network(self.folder, self.thin, merged.state_dict())
         work = checkpoints.spent(position)

@@ -1,11 +1,12 @@
 """Stage 2 on several ranks, under whatever plan, against one process.
 
 The strict comparisons train by SGD with momentum. What differs between plans is the order in which fp32 sums are taken (rows of a
-micro-batch on one replica or on three): 1e-7 of a gradient. After 30 steps that is 1e-6 of the largest weight of a tensor, ten times
-that where an activation at the kink of a ReLU falls on its other side or where a loss has become small; 5e-5 leaves room for other
-machines, and a sample that is lost or weighed wrongly makes a difference above 1e-3. Under AdamW an element whose gradient is zero in
-exact arithmetic, such as a key bias of BERT, takes whole steps along its round-off; that case says what it leaves out. Spans of one
-replica each compute what one process does, bit for bit.
+micro-batch on one replica or on three): 1e-7 of a gradient, and after 30 steps 1e-6 of the largest weight of a tensor. A loss that has
+become small differs by up to 1e-5, and a bias of a ResNet by up to 1e-4 once an activation at the kink of a ReLU falls on its other
+side. The tolerances leave room for other machines; a row given twice, replicas weighed by number instead of rows, or batch norms that
+are not synchronised make losses differ by 1e-2 and weights by 3e-3 and more. Under AdamW an element whose gradient is zero in exact
+arithmetic, such as a key bias of BERT, takes whole steps along its round-off; that case says what it leaves out. Spans of one replica
+each compute what one process does, bit for bit.
 """
 
 import json
@@ -24,6 +25,8 @@ from wtn_pretrain.models.store import load_network
 pytestmark = pytest.mark.slow
 
 ROUND_OFF = 5e-5
+KINKS = 5e-4
+"""Tolerance of a ResNet's weights."""
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bert inner": (BERT, {}),
     "bert outer": (BERT, OUTER),
@@ -32,36 +35,33 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 PARALLEL = {**SGD, "narrow.schedule": "parallel"}
 HYBRID = {**SGD, "narrow.schedule": "hybrid"}
-SPANS = ("0-1,2-3", "0-0,1-1,2-2,3-3")
-"""Plans without replicas."""
-REPLICAS = ("0-3x2", "0-0,1-3x3", "0-1x2,2-3x2", "0-2x3,3-3")
+REPLICAS = ("0-0,1-3x3", "0-1x2,2-3x2", "0-2x3,3-3")
 """16 rows of text are 6, 5 and 5 on three replicas, 32 images are 11, 11 and 10."""
 Record = Callable[[str, object], None]
 
 
-def compare(ran: Left, alone: Left, record: Record, tolerance: float = ROUND_OFF) -> None:
-    """Losses of every unit at every step, weights, and the teacher's work."""
+def compare(ran: Left, alone: Left, record: Record, teacher: int | None = None) -> None:
+    """Losses of every unit at every step, weights, and the teacher's work (None: its stem and blocks on every micro-batch once)."""
     loss, (weight, name) = losses_apart(ran, alone), apart(ran.weights, alone.weights)
     record("relative difference of a loss", loss)
     record("relative difference of a weight", weight)
     print(f"{ran.done['plan']}: losses {loss:.1e}, weights {weight:.1e} ({name})")
-    totals = [sum(filter(None, step["units"])) for step in alone.records]
+    totals = [step["loss"] for step in alone.records]
     assert min(totals) < 0.9 * totals[0], "nothing is learned, so that equality says nothing"
-    assert loss <= tolerance
-    assert weight <= tolerance, name
-    assert ran.done["teacher_flops"] == alone.done["teacher_flops"] == teacher_once(ran)
+    assert loss <= ROUND_OFF
+    assert weight <= (KINKS if "stem.conv.weight" in ran.weights else ROUND_OFF), name
+    assert ran.done["teacher_flops"] == alone.done["teacher_flops"] == (teacher_once(ran) if teacher is None else teacher)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("plan", SPANS)
-def test_spans_are_bitwise_one_process(plan: str, pair: str, imitations: Imitations) -> None:
-    for changes in (PARALLEL, HYBRID):
-        base, widen = PAIRS[pair]
-        ran, alone = imitations.under(plan, base, {**changes, **widen}), imitations.alone(base, {**changes, **widen})
-        assert equal_bits(ran.weights, alone.weights)
-        assert losses_apart(ran, alone) == 0
-        assert ran.done["teacher_flops"] == teacher_once(ran)
-        assert ran.done["imitation_error"] == alone.done["imitation_error"]
+@pytest.mark.parametrize(("plan", "changes"), [("0-1,2-3", HYBRID), ("0-0,1-1,2-2,3-3", PARALLEL)], ids=["2 ranks", "4 ranks"])
+def test_spans_are_bitwise_one_process(plan: str, changes: dict[str, Any], pair: str, imitations: Imitations) -> None:
+    base, widen = PAIRS[pair]
+    ran, alone = imitations.under(plan, base, {**changes, **widen}), imitations.alone(base, {**changes, **widen})
+    assert equal_bits(ran.weights, alone.weights)
+    assert losses_apart(ran, alone) == 0
+    assert ran.done["teacher_flops"] == teacher_once(ran)
+    assert ran.done["imitation_error"] == alone.done["imitation_error"]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -110,11 +110,10 @@ def test_schedules_that_split_every_batch(name: str, imitations: Imitations, rec
     base, changes = SPLIT[name]
     ran, alone = imitations.on(2, base, changes), imitations.alone(base, changes)
     assert ran.done["plan"].endswith("x2")
-    loss, (weight, tensor) = losses_apart(ran, alone), apart(ran.weights, alone.weights)
-    record_property("relative difference of a weight", weight)
-    print(f"{name}: losses {loss:.1e}, weights {weight:.1e} ({tensor})")
-    assert max(loss, weight) <= ROUND_OFF, tensor
-    assert ran.done["teacher_flops"] == alone.done["teacher_flops"]
+    teacher = teacher_once(ran)
+    if "narrow.cache_batches" in changes:
+        teacher = teacher * changes["narrow.cache_batches"] // 30
+    compare(ran, alone, record_property, teacher)
     assert not (ran.folder / "activations").exists()
 
 

@@ -11,7 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.running import BERT, RESNET, ROOT, command, contents, environment, error_lines, recipe, start, succeed, weights, write_recipe
+from tests.running import (
+    BERT,
+    RESNET,
+    ROOT,
+    command,
+    contents,
+    environment,
+    equal_bits,
+    error_lines,
+    recipe,
+    start,
+    succeed,
+    weights,
+    write_recipe,
+)
 from wtn_pretrain.imitation.plan import parse
 from wtn_pretrain.models.store import save_network
 from wtn_pretrain.recipe import load_recipe
@@ -103,6 +117,29 @@ def test_a_cache_takes_the_teachers_place(pair: str, schedule: str, teachers: di
     assert contents(folder / f"cache-{schedule}") == before
 
 
+def test_a_cache_is_not_rounded_on_the_wire(teachers: dict[str, Path]) -> None:
+    """Filled by two spans that send bf16 to one another, it holds what fp32 computes."""
+    folder = teachers["bert inner"]
+    for name, keys, ranks in (("one", (), 1), ("two", ("--narrow.plan=0-1,2-3", "--narrow.wire=bf16"), 2)):
+        imitate(folder, f"wire-{name}", "--narrow.schedule=parallel", f"--narrow.cache={folder / name}", *keys, ranks=ranks)
+    one, two = ((folder / name / "boundary-003.data").read_bytes() for name in ("one", "two"))
+    first, second = (torch.frombuffer(bytearray(data), dtype=torch.float32) for data in (one, two))
+    torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["hybrid", "bottom_up"])
+def test_a_run_killed_in_the_merge_only_merges(schedule: str, teachers: dict[str, Path]) -> None:
+    """All steps are done and saved: the next start trains nothing and ends with the same weights."""
+    folder = teachers["resnet outer"]
+    stage = imitate(folder, f"merge-{schedule}", f"--narrow.schedule={schedule}")
+    before, checkpoints = weights(stage), contents(stage / "checkpoints")
+    for name in ("done.json", "model.safetensors", "model.json", "merge.json"):
+        (stage / name).unlink()
+    succeed("imitate.py", folder / "recipe.yaml", f"--run.name=merge-{schedule}", f"--narrow.schedule={schedule}")
+    assert equal_bits(weights(stage), before)
+    assert contents(stage / "checkpoints") == checkpoints
+
+
 def test_a_shorter_cache_is_gone_through_again(teachers: dict[str, Path]) -> None:
     folder = teachers["resnet outer"]
     stage = imitate(folder, "short", f"--narrow.cache={folder / 'short'}", "--narrow.cache_batches=5", "--narrow.cache_dtype=bf16")
@@ -135,7 +172,7 @@ def test_a_cache_of_something_else_is_refused(change: str, words: str, teachers:
     assert done.returncode == 2
     (line,) = [line for line in error_lines(done.stderr) if line.startswith("error:")]
     assert "narrow.cache" in line
-    assert words in line
+    assert f"({words}" in line
     assert contents(cache) == before
 
 

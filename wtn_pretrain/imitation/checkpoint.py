@@ -17,6 +17,7 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_file, write_text
 from wtn_pretrain.imitation.imitator import Imitator, Work
 from wtn_pretrain.imitation.learner import Learner, zero_stage
+from wtn_pretrain.imitation.plan import parse
 from wtn_pretrain.imitation.wiring import Wiring
 
 LATEST = "latest.json"
@@ -42,8 +43,8 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, phase: int, step: int, imitator: Imitator, wiring: Wiring, arrived: Callable[[str], int]) -> None:
-        """Writes this rank's part; `arrived` counts, over all ranks, how often it was called with a name.
+    def save(self, phase: int, step: int, imitator: Imitator, wiring: Wiring) -> Position:
+        """Writes this rank's part, which counts once every rank has called `arrive`.
 
         Raises:
             UserError: the place cannot be written; the checkpoint before it is kept.
@@ -58,11 +59,15 @@ class Checkpoints:
             if wiring.leads or learner.zero:
                 self._write(place / _optimizer(learner, imitator.replicas.index), learner.state())
         write_text(place / f"work-{wiring.place.rank}.json", json.dumps(vars(imitator.work)))
+        return position
+
+    def arrive(self, position: Position, wiring: Wiring, arrived: Callable[[str], int]) -> None:
+        """Says that this rank has its part; the last one makes the checkpoint the newest. `arrived` counts the calls of all ranks."""
         if arrived(position.name) == wiring.place.world_size:
             write_text(self.folder / LATEST, json.dumps(position._asdict()))
             for old in self.folder.iterdir():
                 # those that a faster rank has begun to write come later
-                if old.is_dir() and _order(old.name) < (phase, step):
+                if old.is_dir() and _order(old.name) < (position.phase, position.step):
                     shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> Position | None:
@@ -82,7 +87,12 @@ class Checkpoints:
             unit.load_own_state(self._read(place / f"unit-{unit.index:04d}.pt"))
         spent = self.spent(position)
         # from here on the first rank carries what was spent before, under whatever plan
-        imitator.work = spent if first else Work(spent.seconds)
+        own = imitator.work
+        imitator.work = Work(
+            own.seconds + spent.seconds,
+            own.teacher_flops + (spent.teacher_flops if first else 0),
+            own.student_flops + (spent.student_flops if first else 0),
+        )
 
     def restore_optimizers(self, position: Position, imitator: Imitator) -> None:
         """Loads the moments, once the phase of `position` has begun."""
@@ -96,7 +106,9 @@ class Checkpoints:
 
     def spent(self, position: Position) -> Work:
         """What all ranks have spent: FLOPs summed, seconds of the slowest."""
-        parts = [json.loads(path.read_text(encoding="utf-8")) for path in (self.folder / position.name).glob("work-*.json")]
+        # files of other ranks may be left of an earlier start that was killed in this very save
+        ranks = range(parse(position.plan).ranks)
+        parts = [json.loads((self.folder / position.name / f"work-{rank}.json").read_text(encoding="utf-8")) for rank in ranks]
         return Work(
             max(part["seconds"] for part in parts),
             sum(part["teacher_flops"] for part in parts),

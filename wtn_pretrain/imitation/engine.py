@@ -31,8 +31,9 @@ from wtn_pretrain.parallel.launch import Place, shared_store
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.training.monitor import Monitor
 
-START, SAVE = 300.0, 600.0
-"""Seconds that the start of a phase (optimizers are made) and a checkpoint may take before a rank counts as lost."""
+START, SAVE, FILL = 300.0, 600.0, 600.0
+"""Seconds without a mark that the start of a phase (optimizers are made, moments loaded), a checkpoint and the storing of a unit's
+outputs may take before a rank counts as lost."""
 
 
 def open_stream(
@@ -74,6 +75,7 @@ class Run:
         store = shared_store(self.wiring.place)
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self._arrived = lambda name: store.add(f"saved-{name}", 1)
+        self._unsaid: list[tuple[int, Position]] = []
         self.position = self.checkpoints.latest()
         self.first_phase, self.first_step = 0, 0
         if self.position:
@@ -89,10 +91,13 @@ class Run:
             phase = self.phases[number]
             before = sum(earlier.steps for earlier in self.phases[:number])
             start = self.first_step if number == self.first_phase else 0
+            if start == phase.steps:
+                # killed after its last checkpoint: nothing is left to do, and its stores may be gone
+                continue
             with self._observer.allow(START, "start"):
                 self.imitator.begin(phase)
-            if start and self.position is not None:
-                self.checkpoints.restore_optimizers(self.position, self.imitator)
+                if start and self.position is not None:
+                    self.checkpoints.restore_optimizers(self.position, self.imitator)
             if phase.cached and number and not start:
                 # this unit gives up the activations that the one below started from: no start may go back there
                 self._save(number, 0)
@@ -110,6 +115,7 @@ class Run:
                 reported = self.progress.logs(before + done)
                 values = self._losses(phase, before + done, sums) if reported or saving or done == phase.steps else {}
                 self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None)
+                self._say_saved()
                 if saving:
                     self._save(number, done)
                 began = time.monotonic()
@@ -120,7 +126,9 @@ class Run:
                 outbox.close()
         with self._observer.waiting():
             while not self.progress.finish():
+                self._say_saved()
                 time.sleep(0.02)
+            self._say_saved()
         self.monitor.close()
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         last = len(self.phases) - 1
@@ -128,7 +136,14 @@ class Run:
 
     def _save(self, phase: int, step: int) -> None:
         with self._observer.allow(SAVE, "save"):
-            self.checkpoints.save(phase, step, self.imitator, self.wiring, self._arrived)
+            position = self.checkpoints.save(phase, step, self.imitator, self.wiring)
+        self._unsaid.append((sum(earlier.steps for earlier in self.phases[:phase]) + step, position))
+        self._say_saved()
+
+    def _say_saved(self) -> None:
+        """Lets checkpoints count whose steps have been written down: a start from one never misses a record before it."""
+        while self._unsaid and self._unsaid[0][0] <= self.progress.reported:
+            self.checkpoints.arrive(self._unsaid.pop(0)[1], self.wiring, self._arrived)
 
     def _streamed(self, phase: Phase, before: int, start: int, outbox: Outbox | None) -> Iterator[tuple[list[Tensor], float]]:
         """The micro-batches of a phase, as they come from the data or from the span below: losses and rate of each, when it is done."""
@@ -141,7 +156,7 @@ class Run:
             send = sender(outbox, self.wiring.above, self._observer)
         entries: Iterator[Entry] = repeat(Entry(None, None), len(steps) * accumulation)
         if self._relays(phase, upwards=False):
-            entries = arriving(self.wiring, self.stream, steps, in_flight, self._observer)
+            entries = arriving(self.wiring.below, self.stream, steps, in_flight, self._observer)
         known: Iterator[Mapping[int, Carry]] = iter(())
         if self.taught is not None:
             known = self.taught.stream([step * accumulation + k for step in steps for k in range(accumulation)])
@@ -224,12 +239,14 @@ class Run:
         if isinstance(teacher, ActivationStore) and not teacher.complete:
             # only the stem can be missing here: every other unit stored its teacher's outputs while it learned
             source = None if index == 1 else self._store("teacher", index - 2, batches)
-            self._fill(teacher, batches, lambda position: self.imitator.teach(below, self._flow(source, position))[0])
+            with self._observer.allow(FILL, "store"):
+                self._fill(teacher, batches, lambda position: self.imitator.teach(below, self._flow(source, position))[0])
         student = teacher if fed == "teacher" else self._store("student", index - 1, batches)
         if isinstance(student, ActivationStore) and not student.complete:
             below.learn(False)
             source = None if index == 1 else self._store("student", index - 2, batches)
-            self._fill(student, batches, lambda position: self.imitator.answer(below, self._flow(source, position)))
+            with self._observer.allow(FILL, "store"):
+                self._fill(student, batches, lambda position: self.imitator.answer(below, self._flow(source, position)))
         for kind in ("teacher", "student"):
             ActivationStore(self._place(kind, index - 2), batches).remove()
         return teacher, student
@@ -290,5 +307,6 @@ class Run:
                 f"{self.checkpoints.folder}: written under ZeRO {position.zero}, and this run has ZeRO {zero}; start it as before, "
                 f"or remove the folder to start {self.stage} again"
             )
-        self.checkpoints.restore(position, self.imitator, first=self.wiring.place.rank == 0)
+        with self._observer.allow(START, "restore"):
+            self.checkpoints.restore(position, self.imitator, first=self.wiring.place.rank == 0)
         self.first_phase, self.first_step = position.phase, position.step

@@ -1,8 +1,9 @@
 """What one rank does with one micro-batch: its teachers forward, its students forward and backward, a unit at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ class Entry(NamedTuple):
     """E of the bridge below the span."""
 
 
+EVALUATE = 600.0
+"""Seconds that one unit's errors may take before a rank counts as lost."""
 Send = Callable[[Carry | None, Carry | None, Tensor | None], None]
 """Takes what leaves a span: the teacher's activation, the student's, and E of the bridge at its upper end."""
 
@@ -183,6 +186,8 @@ class Imitator:
                 target, taps = (self.teach(unit, _known(teacher[micro]))) if taught is None else (taught[micro][unit.index], {})
                 # E as it is before the step that this micro-batch ends
                 leaving.append(_copy(unit.leaving(phase.fed)))
+                if send is not None and phase.fed == "teacher" and unit is self.units[-1]:
+                    send(target if taught is None else None, None, leaving[-1])
                 counts = unit.index in phase.losses
                 if counts or phase.fed == "student":
                     with self.observer.work("student", unit=unit.index):
@@ -197,37 +202,39 @@ class Imitator:
                             learner = self._learners[unit.index,]
                             self._backward(learner, losses[micro][-1])
                             losses[micro][-1] = losses[micro][-1].detach()
-                            with self._together():
+                            with self.observer.work("optimizer"), self._together():
                                 learner.step(self.rate(phase, step + micro // accumulation) * phase.rates[unit.index])
                 teacher[micro] = target
             expand = leaving
-        if send is not None:
+        if send is not None and phase.fed == "student":
             for micro in range(len(entries)):
-                above = _carry(teacher[micro]) if taught is None else None
-                send(above, _carry(student[micro]) if phase.fed == "student" else None, expand[micro])
+                send(_carry(teacher[micro]) if taught is None else None, _carry(student[micro]), expand[micro])
         return losses
 
     @torch.no_grad()
-    def errors(self, entries: Iterable[Entry], send: Send | None = None) -> list[float]:
+    def errors(self, entries: Iterator[Entry], send: Send | None = None) -> list[float]:
         """Energy-normalised error of every unit of the span, student-fed in eval mode: what the assembled thin network really carries."""
         for unit in self.units:
             unit.learn(False)
-        teacher, student, expand = [list(side) for side in zip(*entries, strict=True)] or [[], [], []]
-        means = []
-        for unit in self.units:
-            self.residence.home(unit)
-            total = 0.0
-            for number in range(len(teacher)):
-                self.observer.at(f"errors {unit.index}")
-                target, _ = unit.teach(_known(teacher[number]))
-                output, _ = unit.answer(unit.enter(teacher[number], student[number], "student", True, expand[number]))
-                total += float(unit.error(output, target).value())
-                teacher[number], student[number], expand[number] = target, output, None
-            means.append(total / max(len(teacher), 1))
-        if send is not None:
-            for target, output in zip(teacher, student, strict=True):
-                send(target, output, self.units[-1].leaving("student"))
-        return means
+        means = torch.zeros(len(self.units), dtype=torch.float64)
+        seen = 0
+        # units that come and go do so once for several batches
+        together = self.section.offload_batches if self.residence.comes_and_goes else 1
+        while visitors := list(islice(entries, together)):
+            seen += len(visitors)
+            teacher, student, expand = (list(side) for side in zip(*visitors, strict=True))
+            for position, unit in enumerate(self.units):
+                with self.observer.allow(EVALUATE, "errors"):
+                    self.residence.home(unit)
+                    for number in range(len(visitors)):
+                        target, _ = unit.teach(_known(teacher[number]))
+                        output, _ = unit.answer(unit.enter(teacher[number], student[number], "student", True, expand[number]))
+                        means[position] += unit.error(output, target).value().double().cpu()
+                        teacher[number], student[number], expand[number] = target, output, None
+            if send is not None:
+                for target, output in zip(teacher, student, strict=True):
+                    send(_carry(target), _carry(output), self.units[-1].leaving("student"))
+        return (means / max(seen, 1)).tolist()
 
     def teach(self, unit: Unit, flow: Flow) -> tuple[Carry, Taps]:
         """The teacher's output of one unit, counted."""
@@ -242,10 +249,6 @@ class Imitator:
         self.residence.home(unit)
         with self.observer.work("student", unit=unit.index), self._autocast():
             return self._answer(unit, unit.enter(flow, flow, "student", local=True), learning=False)[0]
-
-    def learner(self, unit: int) -> Learner | None:
-        """The learner of a unit in the current phase, if it learns on its own."""
-        return self._learners.get((unit,))
 
     @property
     def learning(self) -> list[Learner]:
@@ -280,8 +283,9 @@ class Imitator:
 
     def _shared(self, ratio: Ratio) -> Tensor:
         """This replica's part of a loss whose normaliser is that of all."""
-        with self._together():
-            return ratio.top / self.replicas.sum(ratio.bottom.detach().clone())
+        with self.observer.input(self._others) if self._others else nullcontext():
+            bottom = self.replicas.sum(ratio.bottom.detach().clone())
+        return ratio.top / bottom
 
     def _backward(self, learner: Learner, loss: Tensor) -> None:
         with self._together():

@@ -33,13 +33,13 @@ class Observer:
     @contextmanager
     def input(self, ranks: Sequence[int]) -> Iterator[None]:
         """The main thread waits for what comes from `ranks`."""
-        with self._watch.waiting(*ranks), self._trace.span(INPUT, step=self.step):
+        with self._watch.waiting(*ranks), self._trace.device_span(INPUT, step=self.step):
             yield
 
     @contextmanager
     def output(self, ranks: Sequence[int]) -> Iterator[None]:
         """The main thread waits for `ranks` to take what it has made."""
-        with self._watch.waiting(*ranks), self._trace.span(OUTPUT, step=self.step):
+        with self._watch.waiting(*ranks), self._trace.device_span(OUTPUT, step=self.step):
             yield
 
     def waiting(self, *ranks: int) -> AbstractContextManager[Any]:

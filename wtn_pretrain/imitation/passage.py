@@ -14,9 +14,9 @@ from wtn_pretrain.models.base import Carry
 from wtn_pretrain.parallel.relay import Inbox, Link, Outbox
 
 
-def arriving(wiring: Wiring, stream: BatchStream, steps: Sequence[int], in_flight: int, observer: Observer) -> Iterator[Entry]:
+def arriving(below: Link | None, stream: BatchStream, steps: Sequence[int], in_flight: int, observer: Observer) -> Iterator[Entry]:
     """This rank's rows of every micro-batch of `steps`, as they come from the data or from the span below."""
-    if wiring.below is None:
+    if below is None:
         batches = stream.iterate_steps(steps)
         for _ in steps:
             with observer.work("data"):
@@ -26,9 +26,9 @@ def arriving(wiring: Wiring, stream: BatchStream, steps: Sequence[int], in_fligh
                 yield Entry(flow, flow)
         return
     count = len(steps) * stream.accumulation
-    inbox = Inbox(wiring.below, count, in_flight, observer.lane)
+    inbox = Inbox(below, count, in_flight, observer.lane)
     for _ in range(count):
-        with observer.input(wiring.below.ranks):
+        with observer.input(below.ranks):
             message = inbox.take()
         yield Entry(*unpack(message))
 

@@ -46,6 +46,11 @@ class Progress:
         if self._wiring.seat.span == 0:
             self._report()
 
+    @property
+    def reported(self) -> int:
+        """The last step that rank 0 has written down; elsewhere all of them."""
+        return self._reported if self._wiring.place.rank == 0 else self._total
+
     def finish(self) -> bool:
         """Reports what has come in since; whether all spans are through."""
         if self._wiring.place.rank == 0:

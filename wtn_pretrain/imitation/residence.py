@@ -6,6 +6,7 @@ student's weights with their optimizer state, which go back when the unit leaves
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.imitation.units import Unit
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.models.store import load_shape, read_parts
+from wtn_pretrain.parallel.relay import Mark
 
 State = dict[str, Tensor]
 
@@ -24,11 +26,19 @@ State = dict[str, Tensor]
 class Residence:
     """The units of a rank and where they are.
 
-    A unit whose teacher was made of meta tensors is away until it is `home`; one with real ones never leaves.
+    Where none are away, all teachers must be real; else they may be of meta tensors until they come home.
     """
 
-    def __init__(self, units: Sequence[Unit], teacher: Path, pairing: Pairing, where: str) -> None:
-        """`teacher`: folder of the wide network; `where` units are while away: `none` (they never are), `host` or `disk`."""
+    def __init__(
+        self, units: Sequence[Unit], teacher: Path, pairing: Pairing, where: str, students_move: bool = False, mark: Mark | None = None
+    ) -> None:
+        """`teacher`: folder of the wide network.
+
+        Args:
+            where: place of the teachers that are away: `none` (none is), `host` or `disk`.
+            students_move: whether students come and go with their teachers; away, they are in host memory.
+            mark: marks in a trace when a unit is brought.
+        """
         self._units, self._folder, self._pairing, self._where = list(units), teacher, pairing, where
         self._side = SideStream()
         self._kept: dict[int, list[State]] = {}
@@ -36,12 +46,16 @@ class Residence:
         self._shape: BlockNetwork | None = None
         self._home: Unit | None = None
         self._coming: tuple[Unit, Future[tuple[list[State], torch.Event | None]]] | None = None
-        self.students_move = where != "none"
-        """Whether students come and go with their teachers."""
+        self.students_move, self._mark = students_move, mark or (lambda _: nullcontext())
         self._pool: ThreadPoolExecutor | None = None
-        if self.students_move:
-            self._start()
         self._learners: dict[int, Learner] = {}
+        if where != "none":
+            self._start()
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether one teacher at a time is home."""
+        return self._pool is not None
 
     def knows(self, unit: int, learner: Learner) -> None:
         """From now on the optimizer state of a unit goes where the unit goes."""
@@ -85,6 +99,10 @@ class Residence:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="bring")
 
     def _bring(self, unit: Unit) -> tuple[list[State], torch.Event | None]:
+        with self._mark("bring"):
+            return self._fetch(unit)
+
+    def _fetch(self, unit: Unit) -> tuple[list[State], torch.Event | None]:
         states = self._kept.get(unit.index)
         if states is None:
             states = self._read(unit.index)

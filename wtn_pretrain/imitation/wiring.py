@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, destroy_process_group
 
 from wtn_pretrain.device import backend
 from wtn_pretrain.imitation.plan import Plan, shares, starts
@@ -25,10 +26,17 @@ class Wiring:
         self.part = _parts(rows, self.span.replicas)[self.seat.replica]
         """First row and number of rows of a micro-batch that this rank works on."""
         self.replicas = Replicas(plan.ranks_of(self.seat.span), place.rank)
+        self._groups: list[ProcessGroup] = []
         # even boundaries, then odd ones: a rank has at most one of each
         links = {edge: self._links(edge, wire) for edge in sorted((self.seat.span - 1, self.seat.span), key=lambda edge: edge % 2)}
         self.below, self.lead_below = links[self.seat.span - 1]
         self.above, self.lead_above = links[self.seat.span]
+
+    def close(self) -> None:
+        """Gives the links up, once no rank uses them any more; every rank must do so at the same point."""
+        self.replicas.close()
+        for group in self._groups:
+            destroy_process_group(group)
 
     @property
     def leads(self) -> bool:
@@ -43,6 +51,7 @@ class Wiring:
         ranks = [*lower, *upper] or [self.place.rank]
         group = local_group(ranks, "gloo")
         payload = local_group(ranks) if backend() != "gloo" else None
+        self._groups += [group] if payload is None else [group, payload]
         if not exists:
             return None, None
         sending = self.seat.span == edge

@@ -1,7 +1,6 @@
 """A network on disk: `model.json` (its shape) and `model.safetensors` (its weights, tied ones once)."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from wtn_pretrain.config import validate
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import write_text
+from wtn_pretrain.files import write_beside, write_text
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, families
 
 
@@ -25,8 +24,7 @@ def save_network(folder: Path, config: BlockConfig, state: dict[str, Tensor]) ->
         if seen.setdefault(id(value), name) == name:
             unique[name] = value.detach().cpu().contiguous()
     weights, shape = folder / "model.safetensors", folder / "model.json"
-    save_file(unique, weights.with_suffix(".tmp"))
-    os.replace(weights.with_suffix(".tmp"), weights)
+    write_beside(weights, lambda part: save_file(unique, part))
     write_text(shape, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
 

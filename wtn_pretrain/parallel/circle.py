@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch.distributed
 
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.parallel.launch import another_failed, wait_for_rank
 from wtn_pretrain.parallel.verdict import Beat, Ledger, Process, Verdict, of_lost_link, of_silence, stuck_sentence
 
 INQUEST = 0.5  # seconds in which a lost connection turns out to be a death
@@ -147,6 +148,7 @@ def join(seat: Seat, key: str) -> Circle:
         token = secrets.token_hex(16)
         store.set(key, json.dumps([listener.getsockname()[1], token]))
         return Hub(seat, listener, token)
+    wait_for_rank(lambda: store.check([key]))
     port, token = json.loads(store.get(key))
     try:
         link = Link(socket.create_connection(("127.0.0.1" if local else address, port), timeout=seat.patience))
@@ -156,6 +158,10 @@ def join(seat: Seat, key: str) -> Circle:
         ) from None
     link.say(hello=seat.rank, token=token, process=seat.process)
     return Spoke(seat, link)
+
+
+MISTAKE = 2
+"""Exit code of a rank that has given up over a user's mistake."""
 
 
 class Hub(Circle):
@@ -169,6 +175,7 @@ class Hub(Circle):
         self._links: dict[int, Link] = {}
         self._processes: dict[int, Process] = {}
         self._lost: dict[int, float] = {}
+        self._early: list[tuple[int, Link, list[dict[str, Any]]]] = []
         self._ledger = Ledger(len(seat.names), seat.patience)
 
     def sockets(self) -> list[socket.socket]:
@@ -181,7 +188,8 @@ class Hub(Circle):
 
     def listen(self) -> None:
         self._welcome()
-        heard = [(rank, link, link.hear()) for rank, link in self._links.items() if not link.closed]
+        heard = [*self._early, *((rank, link, link.hear()) for rank, link in self._links.items() if not link.closed)]
+        self._early = []
         ends = [(rank, *message["end"]) for rank, _, messages in heard for message in messages if "end" in message]
         for rank, how, code in ends:
             self.ended.setdefault(rank, (how, code))
@@ -218,6 +226,8 @@ class Hub(Circle):
             link.say(hub=self._seat.process)
             for other, end in self.ended.items():
                 link.say(ended=[other, *end])
+            # what came together with the greeting
+            self._early.append((rank, link, messages[1:]))
 
     def _tell(self, **message: Any) -> None:
         for link in self._links.values():
@@ -257,7 +267,13 @@ class Hub(Circle):
         self.inquest()
         self._ledger.tick(seconds)
         silent = self._ledger.silent()
-        if silent is not None:
+        if silent is not None and silent not in self._processes and another_failed():
+            # it has never come, and has said why itself
+            self.ended.setdefault(silent, ("failed", MISTAKE))
+            self._ledger.gone.add(silent)
+            self._tell(ended=[silent, "failed", MISTAKE])
+            self._seat.heard(silent, "failed", MISTAKE)
+        elif silent is not None:
             process = self._processes.get(silent)
             line = of_silence(self._seat.names[silent], process, self._seat.process, self._seat.patience)
             self.accuse(Verdict(silent, line, process))

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ def another_failed() -> bool:
     try:
         return _store().add("failed", 0) > 0
     except torch.distributed.DistError:
-        return False
+        # who kept the store has left, which it does only when it has failed
+        return True
 
 
 def stop_ranks() -> None:
@@ -98,6 +100,7 @@ def wait_for_rank(ready: Callable[[], bool], pause: float = 0.02) -> None:
         if another_failed():
             raise RuntimeError("another rank has given up")
         time.sleep(pause)
+        pause = min(1.2 * pause, 0.5)
 
 
 def wait_for_all(place: Place) -> None:
@@ -119,6 +122,7 @@ def require_same(place: Place, text: str) -> None:
     store.set(f"config-{place.rank}", text)
     if place.rank == 0:
         for rank in range(1, place.world_size):
+            wait_for_rank(partial(store.check, [f"config-{rank}"]))
             theirs = store.get(f"config-{rank}").decode()
             if theirs != text:
                 pairs = zip_longest(text.splitlines(), theirs.splitlines(), fillvalue="")

@@ -77,6 +77,10 @@ class Link:
         self.peers, self.group, self.payload, self.wire = peers, group, payload, wire
         self.ranks = [peer.rank for peer in peers]
 
+    def exact(self) -> "Link":
+        """The same link, over which everything travels as it is."""
+        return Link(self.peers, self.group, self.payload, None)
+
 
 class Outbox:
     """Sends messages over a link from a thread of its own."""

@@ -31,10 +31,10 @@ class Replicas:
             dist.all_reduce(value, group=self.group)
         return value
 
-    def wait(self) -> None:
-        """Until every replica is here."""
-        if self.count > 1:
-            dist.barrier(group=self.group)
+    def close(self) -> None:
+        """Gives the groups up; every rank must do so at the same point."""
+        for group in (self.group, self._alone):
+            dist.destroy_process_group(group)
 
     # what DeepSpeed asks of a model-parallel unit; spans share no gradients, so to it they are different models
     def get_data_parallel_group(self) -> dist.ProcessGroup:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wtn_pretrain.device import total_memory
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.config import ImitateSection
+from wtn_pretrain.imitation.learner import zero_stage
 from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.imitation.plan import Plan, Span, single
 from wtn_pretrain.models.base import BlockConfig, Flops
@@ -59,9 +61,9 @@ def automatic(
     """
     if ranks == 1 or section.schedule in ("bottom_up", "joint"):
         return single(pairing.units + 1, ranks)
-    moving = flow(section, fed_by(section))
+    moving = flow(section, fed_by(section), zero_stage(section))
     costs = declared(thin, wide, pairing, counts, section, moving.rows, target=here(), fed=moving.fed, length=length, quick=True)
-    return search(costs, usual(ranks)._replace(memory=math.inf), moving, slack=0.1)
+    return search(costs, usual(ranks)._replace(memory=total_memory()), moving, slack=0.1)
 
 
 def fewest(costs: Sequence[UnitCost], cluster: Cluster, flow: Flow, seconds: float) -> int:

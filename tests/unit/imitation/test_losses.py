@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.imitation.config import MobileBertLoss
 from wtn_pretrain.imitation import losses
+from wtn_pretrain.imitation.config import MobileBertLoss
 from wtn_pretrain.imitation.losses import mobilebert as mobilebert_ratio
 
 
