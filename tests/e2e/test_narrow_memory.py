@@ -163,12 +163,13 @@ def test_a_cache_of_something_else_is_refused(change: str, words: str, teachers:
         imitate(folder, "first", f"--narrow.cache={cache}")
     before = contents(cache)
     name = f"refused-{words}"
+    keys = (f"--narrow.cache={cache}", change, "--finetune.batch_size=32")
     prepared(folder, name)
     if words == "data":
         # another tokenizer, and so another network
         shutil.rmtree(folder / "runs" / name)
-        succeed("train_wide.py", folder / "recipe.yaml", f"--run.name={name}", change)
-    done = start("imitate.py", folder / "recipe.yaml", f"--run.name={name}", f"--narrow.cache={cache}", change, "--finetune.batch_size=32")
+        succeed("train_wide.py", folder / "recipe.yaml", f"--run.name={name}", *keys)
+    done = start("imitate.py", folder / "recipe.yaml", f"--run.name={name}", *keys)
     assert done.returncode == 2
     (line,) = [line for line in error_lines(done.stderr) if line.startswith("error:")]
     assert "narrow.cache" in line
