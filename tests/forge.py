@@ -44,6 +44,7 @@ def be_rank(job: dict[str, Any], rank: int) -> int:
 
 def lead(job: dict[str, Any]) -> None:
     """Forks the ranks of a job; writes their process numbers and, when all have ended, their exit codes."""
+    forge = os.getppid()
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -57,14 +58,16 @@ def lead(job: dict[str, Any]) -> None:
             os._exit(code)
         children.append(child)
     folder = Path(job["folder"])
-    for name, content in (("pids", lambda: children), ("codes", lambda: bury(children))):
+    for name, content in (("pids", lambda: children), ("codes", lambda: bury(children, forge))):
         (folder / f".{name}").write_text(json.dumps(content()))
         (folder / f".{name}").rename(folder / name)
 
 
-def bury(children: list[int]) -> list[int]:
-    """Waits until all have ended; nobody is buried before that."""
+def bury(children: list[int], forge: int) -> list[int]:
+    """Waits until all have ended; nobody is buried before that. Without the forge nobody wants to know, and all end."""
     while any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None for child in children):
+        if os.getppid() != forge:
+            os.killpg(0, signal.SIGKILL)
         time.sleep(0.02)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 

@@ -40,8 +40,8 @@ def noted(side: str, network: BlockNetwork) -> BlockNetwork:
 
 
 MaskedText.fetch = padded  # type: ignore[method-assign]
-Narrow._wide = lambda self, *rest: noted("teacher", plain_wide(self, *rest))  # type: ignore[method-assign]
-Narrow._student = lambda self, *rest: noted("student", plain_student(self, *rest))  # type: ignore[method-assign]
+Narrow._wide = lambda self, *rest, **named: noted("teacher", plain_wide(self, *rest, **named))  # type: ignore[method-assign]
+Narrow._student = lambda self, *rest, **named: noted("student", plain_student(self, *rest, **named))  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     main(lambda stages: [stages.narrow(seed) for seed in stages.recipe.compare.seeds], "padded", sys.argv[1:])
