@@ -97,6 +97,21 @@ def test_units_that_come_and_go_learn_the_same(pair: str, teachers: dict[str, Pa
         assert result(moved)["teacher_flops"] == result(whole)["teacher_flops"]
 
 
+@pytest.mark.parametrize("pair", ["bert outer", "resnet outer"])
+def test_units_come_and_go_on_every_rank_of_a_plan(pair: str, teachers: dict[str, Path]) -> None:
+    """Two spans, of which one has two replicas; and two spans that read a cache."""
+    folder = teachers[pair]
+    whole = imitate(folder, "one-rank")
+    moved = imitate(folder, "moved", "--narrow.plan=0-1,2-3x2", "--narrow.offload=disk", "--narrow.offload_batches=3", ranks=3)
+    assert difference(moved, whole) < SAME
+    assert result(moved)["teacher_flops"] == result(whole)["teacher_flops"]
+    keys = (f"--narrow.cache={folder / 'moved'}", "--narrow.plan=0-1,2-3", "--narrow.offload=host")
+    for name, flops in (("fill", result(whole)["teacher_flops"]), ("read", 0)):
+        cached = imitate(folder, f"moved-{name}", *keys, ranks=2)
+        assert difference(cached, whole) < SAME
+        assert result(cached)["teacher_flops"] == flops
+
+
 @pytest.mark.parametrize("schedule", ["hybrid", "bottom_up"])
 @pytest.mark.parametrize("pair", ["bert outer", "resnet outer"])
 def test_a_cache_takes_the_teachers_place(pair: str, schedule: str, teachers: dict[str, Path]) -> None:
