@@ -1,7 +1,6 @@
 """Stage 2 where the teacher is not there: its answers from a cache that is shared, its blocks brought one at a time."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -229,17 +228,21 @@ def test_a_teacher_that_does_not_fit_beside_is_brought_in_parts(tmp_path: Path) 
     assert difference(tmp_path / "runs" / "parts" / "narrow", tmp_path / "runs" / "whole" / "narrow") < SAME
 
 
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
+"""Started between: a process begins with the peak of the one that it is forked from, and this one's is small."""
+
+
 def peak(config: Path, *overrides: str) -> int:
     """Bytes: the largest resident set of stage 2."""
-    process = subprocess.Popen(
-        command("imitate.py", config, *overrides), cwd=config.parent, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, said[-3000:]
-    return usage.ru_maxrss * 1024
+    call = [sys.executable, "-c", MEASURED, *command("imitate.py", config, *overrides)]
+    done = subprocess.run(call, cwd=config.parent, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout.split()[-1])
 
 
 def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:

@@ -149,12 +149,11 @@ def _costs(job: Job, moving: Flow, options: argparse.Namespace) -> tuple[list[Un
     """Costs of every unit, and the bytes of a process where they were measured."""
     pieces = job.thin, job.wide, job.pairing, job.counts, job.recipe.narrow, moving.rows
     if options.profile:
-        from wtn_pretrain.parallel.launch import start_ranks, stop_ranks
+        from wtn_pretrain.parallel.launch import start_ranks
 
-        # what every rank of a run holds before it builds a network
+        # what every rank of a run holds before it builds a network; DeepSpeed cannot begin twice in a process, so nothing is stopped
         start_ranks()
         measured = profile(*pieces, fed=moving.fed, length=job.length)
-        stop_ranks()
         return measured.costs, measured.base
     given = {"flops": options.flops, "bandwidth": options.memory_bandwidth, "overhead": options.overhead}
     target = DATA_CENTRE._replace(**{key: value for key, value in given.items() if value})
