@@ -178,13 +178,8 @@ class Narrow:
 
     def _wide(self, wiring: Wiring, whole: bool) -> BlockNetwork:
         """The wide network of which this span's modules are there (not `whole`: of them, only the stem)."""
-        parts = ["stem"] if wiring.span.first == 0 else []
-        if whole:
-            parts += [part for unit in wiring.span.units if unit for part in self._parts(unit)]
-        return self._load(parts)
-
-    def _parts(self, unit: int) -> list[str]:
-        return [f"blocks.{block}" for block in self.pairing.blocks_of(unit)[1]] if unit else ["stem"]
+        units = [unit for unit in wiring.span.units if whole or unit == 0]
+        return self._load([part for unit in units for part in self.pairing.teacher_parts(unit)])
 
     def _load(self, parts: list[str]) -> BlockNetwork:
         return load_part(self.teacher, parts).requires_grad_(False)._apply(_to_here)
@@ -192,7 +187,7 @@ class Narrow:
     def _modules(self, wide: BlockNetwork, whole: bool, observer: Observer, unit: int) -> list[nn.Module]:
         """The teacher's modules of a unit, loaded for this once if the wide network is not `whole`."""
         observer.at(f"samples {unit}")
-        return teacher_modules(wide if whole else self._load(self._parts(unit)), self.pairing, unit)
+        return teacher_modules(wide if whole else self._load(self.pairing.teacher_parts(unit)), self.pairing, unit)
 
     def _student(self, seed: int, wiring: Wiring) -> BlockNetwork:
         """The thin network of which only this span's modules are there, the same under every plan."""

@@ -193,7 +193,7 @@ def make_bridges(
 
 def teacher_modules(wide: BlockNetwork, pairing: Pairing, unit: int) -> list[nn.Module]:
     """The teacher's modules of a unit, the stem for unit 0."""
-    return [wide.stem] if unit == 0 else [wide.blocks[block] for block in pairing.blocks_of(unit)[1]]
+    return [wide.get_submodule(part) for part in pairing.teacher_parts(unit)]
 
 
 def _per_batch(rows: int) -> int:

@@ -29,7 +29,6 @@ class Learner:
         import deepspeed
 
         self.units, self._replicas = units, replicas
-        self._section = section
         config = learner_config(section, replicas.count)
         self.zero = zero_stage(section)
         if replicas.count > 1:
@@ -68,8 +67,7 @@ class Learner:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores `state` after the weights have been restored."""
-        if self.zero:
-            self._engine.optimizer.refresh_fp32_params()
+        self.weights_changed()
         self._optimizer.load_state_dict(state)
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Any]:

@@ -21,6 +21,10 @@ class Pairing(NamedTuple):
         """Student and teacher blocks (from 0) of a unit above the stem, counted from 1."""
         return range(self.student[unit - 1], self.student[unit]), range(self.teacher[unit - 1], self.teacher[unit])
 
+    def teacher_parts(self, unit: int) -> list[str]:
+        """Names of the teacher's modules in a unit; the stem is unit 0."""
+        return [f"blocks.{block}" for block in self.blocks_of(unit)[1]] if unit else ["stem"]
+
 
 def pair(thin: BlockConfig, wide: BlockConfig, *, unit: str = "block", depth_map: tuple[int, ...] = ()) -> Pairing:
     """Pairs the blocks of two networks, checking that the shapes at every boundary fit.

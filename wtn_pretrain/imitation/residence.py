@@ -122,8 +122,7 @@ class Residence:
         if self._shape is None:
             with torch.device("meta"):
                 self._shape = load_shape(self._folder).build()
-        parts = ["stem"] if unit == 0 else [f"blocks.{block}" for block in self._pairing.blocks_of(unit)[1]]
-        return read_parts(self._folder, self._shape, parts, self._take)
+        return read_parts(self._folder, self._shape, self._pairing.teacher_parts(unit), self._take)
 
     def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Host memory, of a unit that has left where one of this size has."""
