@@ -25,7 +25,7 @@ setup(
         "pydantic>=2.12",
         "pyyaml>=6.0",
         "xxhash>=3.4",
-    "safetensors>=0.7",
+        "safetensors>=0.7",
         "tqdm>=4.66",
         "tensorboard>=2.20",
         "transformers==5.23.0",
