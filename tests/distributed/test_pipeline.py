@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.distributed.imitating import OUTER, SGD, Imitations, Left, apart, losses_apart, teacher_once
-from tests.running import BERT, RESNET, equal_bits, succeed
+from tests.running import BERT, RESNET, equal_bits, succeed, weights
 from wtn_pretrain.imitation.plan import parse
 from wtn_pretrain.models.store import load_network
 
@@ -201,6 +201,18 @@ def test_progress_and_trace_of_all_ranks(imitations: Imitations) -> None:
         )
         print(f"rank {rank}: {beside} of 30 sends beside computation")
         assert beside > 15
+
+
+def test_several_seeds(imitations: Imitations) -> None:
+    """One after the other in the same processes, each as if it were the only one."""
+    changes = {**HYBRID, "compare.seeds": [3, 4]}
+    ran, alone = imitations.under("0-1,2-3", BERT, changes), imitations.alone(BERT, changes)
+    first, second = ((left.folder, left.folder.parent / "seed-4" / "narrow") for left in (ran, alone))
+    for mine, theirs in zip(first, second, strict=True):
+        assert equal_bits(weights(mine), weights(theirs))
+    assert not equal_bits(weights(first[0]), weights(first[1]))
+    # and the first of them as if there were no second
+    assert equal_bits(ran.weights, imitations.alone(BERT, {**HYBRID, "compare.seeds": [3]}).weights)
 
 
 def test_under_the_launcher(imitations: Imitations) -> None:

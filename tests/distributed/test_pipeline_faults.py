@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 LONG = {"narrow.steps": 120, "narrow.checkpoint_every": 20}
 """Seconds, so that a signal comes before the end."""
+SPANS = {**LONG, "narrow.plan": "0-1,2-3"}
 ZERO_1 = {"narrow.deepspeed": "ds_configs/zero1.json"}
 REPLICAS = {**LONG, **ZERO_1, "narrow.plan": "0-3x2"}
 BOTTOM_UP = {**SGD, "narrow.schedule": "bottom_up", "narrow.steps": 60, "narrow.checkpoint_every": 20}
@@ -54,9 +55,12 @@ def continued(started: Started, beyond: int) -> None:
 
 RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     # base, changes, step at which all ranks are killed (hybrid's student-fed pass begins at 60)
-    "spans, outer widening": (BERT, {**LONG, **OUTER, "narrow.plan": "0-1,2-3"}, 75),
+    "spans, outer widening": (BERT, {**SPANS, **OUTER}, 75),
     "replicas with ZeRO 1": (BERT, REPLICAS, 45),
     "bottom_up": (RESNET, BOTTOM_UP, 100),
+    "units that come and go": (BERT, {**SPANS, **OUTER, "narrow.offload": "disk", "narrow.offload_batches": 3}, 75),
+    "a cache": (BERT, {**SPANS, "narrow.cache": "cache", "narrow.cache_batches": 50}, 75),
+    "accumulated": (BERT, {**SPANS, "narrow.micro_batch_size": 4}, 75),
 }
 
 
@@ -101,7 +105,7 @@ def one_error(said: Sequence[str], words: str) -> None:
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_killed_rank_is_named_and_the_run_continues(culprit: int, imitations: Imitations) -> None:
-    changes = {**LONG, **OUTER, "narrow.plan": "0-1,2-3"}
+    changes = {**SPANS, **OUTER}
     whole = imitations.on(2, BERT, changes)
     config = imitations.config(BERT, changes)
     started = imitations.start(config, ranks=2)
@@ -131,8 +135,24 @@ def test_a_stopped_rank_is_named(imitations: Imitations) -> None:
     continued(started, beyond=0)
 
 
+def test_a_rank_that_hangs_is_named_and_the_run_continues(imitations: Imitations, tmp_path: Path) -> None:
+    """Rank 1 never comes back from a teacher block; rank 0 waits for it and is not to blame."""
+    changes = {**SPANS, **OUTER, "narrow.patience": 3}
+    whole = imitations.on(2, BERT, changes)
+    config = imitations.config(BERT, changes)
+    began = time.monotonic()
+    program = Path(__file__).with_name("stuck.py")
+    started = imitations.forge.program(program, "--config", str(config), cwd=config.parent, ranks=2)
+    assert started.codes() == [CULPRIT_EXIT] * 2
+    assert time.monotonic() - began < 60
+    (line,) = [line for line in started.errors() if line.startswith("error:")]
+    assert re.match(r"error: rank 1 \(units 2-3\) hangs: no progress for 3 s at 'teacher 2' of step \d+, in ", line), line
+    continued(imitations.start(config, ranks=2), beyond=20)
+    assert equal_bits(imitations.left(config).weights, whole.weights)
+
+
 def test_a_killed_rank_under_the_launcher(imitations: Imitations, tmp_path: Path) -> None:
-    config = imitations.config(BERT, {**LONG, "narrow.steps": 400, "narrow.plan": "0-1,2-3"})
+    config = imitations.config(BERT, {**SPANS, "narrow.steps": 400})
     with (
         (tmp_path / "stderr").open("w") as file,
         subprocess.Popen(

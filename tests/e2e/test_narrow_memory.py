@@ -4,27 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.running import (
-    BERT,
-    RESNET,
-    ROOT,
-    command,
-    contents,
-    environment,
-    equal_bits,
-    error_lines,
-    recipe,
-    start,
-    succeed,
-    weights,
-    write_recipe,
-)
+from tests.running import BERT, RESNET, ROOT, Forge, command, contents, environment, equal_bits, recipe, weights, write_recipe
 from wtn_pretrain.imitation.plan import parse
 from wtn_pretrain.models.store import save_network
 from wtn_pretrain.recipe import load_recipe
@@ -37,6 +24,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "bert outer": recipe(BERT, {"widen": {"inner": 1, "outer": 2}}),
     "resnet outer": recipe(RESNET, {"widen": {"inner": 1, "outer": 2}}),
 }
+Imitate = Callable[..., Path]
 SAME = 1e-4
 """Largest difference of a weight over the largest of its tensor where the same steps are taken on the same numbers: AdamW divides by
 the root of a squared gradient, which enlarges the round-off of fp32 (1e-7) in what is nearly zero. Key biases, whose gradient is zero
@@ -44,23 +32,28 @@ but for round-off, are left out."""
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def teachers(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each pair with its recipe and a trained wide network."""
     made = {}
     for name, tree in PAIRS.items():
         folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
         # the student of the run's own seed sees the batches that a cache holds
         tree["compare"] = {"seeds": [tree["run"]["seed"]]}
-        succeed("train_wide.py", write_recipe(folder / "recipe.yaml", tree), "--run.name=wide")
+        forge.start("train_wide.py", write_recipe(folder / "recipe.yaml", tree), "--run.name=wide").succeed()
         made[name] = folder
     return made
 
 
-def imitate(folder: Path, name: str, *overrides: str, ranks: int = 1) -> Path:
-    """Stage 2 of a run that has the wide network already; its stage folder."""
-    run = prepared(folder, name)
-    succeed("imitate.py", folder / "recipe.yaml", f"--run.name={name}", *overrides, ranks=ranks)
-    return run / "narrow"
+@pytest.fixture(scope="module")
+def imitate(forge: Forge) -> Imitate:
+    """Stage 2 of a run that has the wide network already; gives its stage folder."""
+
+    def run(folder: Path, name: str, *overrides: str, ranks: int = 1) -> Path:
+        run = prepared(folder, name)
+        forge.start("imitate.py", folder / "recipe.yaml", f"--run.name={name}", *overrides, ranks=ranks).succeed()
+        return run / "narrow"
+
+    return run
 
 
 def prepared(folder: Path, name: str) -> Path:
@@ -86,7 +79,7 @@ def difference(first: Path, second: Path) -> float:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_units_that_come_and_go_learn_the_same(pair: str, teachers: dict[str, Path]) -> None:
+def test_units_that_come_and_go_learn_the_same(pair: str, teachers: dict[str, Path], imitate: Imitate) -> None:
     whole = imitate(teachers[pair], "whole")
     for name, keys in {"disk": ("--narrow.offload=disk", "--narrow.offload_batches=3"), "host": ("--narrow.offload=host",)}.items():
         moved = imitate(teachers[pair], name, *keys)
@@ -97,7 +90,7 @@ def test_units_that_come_and_go_learn_the_same(pair: str, teachers: dict[str, Pa
 
 
 @pytest.mark.parametrize("pair", ["bert outer", "resnet outer"])
-def test_units_come_and_go_on_every_rank_of_a_plan(pair: str, teachers: dict[str, Path]) -> None:
+def test_units_come_and_go_on_every_rank_of_a_plan(pair: str, teachers: dict[str, Path], imitate: Imitate) -> None:
     """Two spans, of which one has two replicas; and two spans that read a cache."""
     folder = teachers[pair]
     whole = imitate(folder, "one-rank")
@@ -113,7 +106,7 @@ def test_units_come_and_go_on_every_rank_of_a_plan(pair: str, teachers: dict[str
 
 @pytest.mark.parametrize("schedule", ["hybrid", "bottom_up"])
 @pytest.mark.parametrize("pair", ["bert outer", "resnet outer"])
-def test_a_cache_takes_the_teachers_place(pair: str, schedule: str, teachers: dict[str, Path]) -> None:
+def test_a_cache_takes_the_teachers_place(pair: str, schedule: str, teachers: dict[str, Path], imitate: Imitate) -> None:
     """Filled by two ranks, read by one and by two, by other students and with units on disk."""
     folder = teachers[pair]
     keys = (f"--narrow.cache={folder / f'cache-{schedule}'}", f"--narrow.schedule={schedule}")
@@ -131,7 +124,7 @@ def test_a_cache_takes_the_teachers_place(pair: str, schedule: str, teachers: di
     assert contents(folder / f"cache-{schedule}") == before
 
 
-def test_a_cache_is_not_rounded_on_the_wire(teachers: dict[str, Path]) -> None:
+def test_a_cache_is_not_rounded_on_the_wire(teachers: dict[str, Path], imitate: Imitate) -> None:
     """Filled by two spans that send bf16 to one another, it holds what fp32 computes."""
     folder = teachers["bert inner"]
     for name, keys, ranks in (("one", (), 1), ("two", ("--narrow.plan=0-1,2-3", "--narrow.wire=bf16"), 2)):
@@ -142,19 +135,20 @@ def test_a_cache_is_not_rounded_on_the_wire(teachers: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["hybrid", "bottom_up"])
-def test_a_run_killed_in_the_merge_only_merges(schedule: str, teachers: dict[str, Path]) -> None:
+def test_a_run_killed_in_the_merge_only_merges(schedule: str, teachers: dict[str, Path], imitate: Imitate, forge: Forge) -> None:
     """All steps are done and saved: the next start trains nothing and ends with the same weights."""
     folder = teachers["resnet outer"]
     stage = imitate(folder, f"merge-{schedule}", f"--narrow.schedule={schedule}")
     before, checkpoints = weights(stage), contents(stage / "checkpoints")
     for name in ("done.json", "model.safetensors", "model.json", "merge.json"):
         (stage / name).unlink()
-    succeed("imitate.py", folder / "recipe.yaml", f"--run.name=merge-{schedule}", f"--narrow.schedule={schedule}")
+    keys = (f"--run.name=merge-{schedule}", f"--narrow.schedule={schedule}")
+    forge.start("imitate.py", folder / "recipe.yaml", *keys).succeed()
     assert equal_bits(weights(stage), before)
     assert contents(stage / "checkpoints") == checkpoints
 
 
-def test_a_shorter_cache_is_gone_through_again(teachers: dict[str, Path]) -> None:
+def test_a_shorter_cache_is_gone_through_again(teachers: dict[str, Path], imitate: Imitate) -> None:
     folder = teachers["resnet outer"]
     stage = imitate(folder, "short", f"--narrow.cache={folder / 'short'}", "--narrow.cache_batches=5", "--narrow.cache_dtype=bf16")
     whole = imitate(folder, "long", "--narrow.schedule=parallel")
@@ -170,7 +164,7 @@ def test_a_shorter_cache_is_gone_through_again(teachers: dict[str, Path]) -> Non
         ("--narrow.precision=bf16", "precision"),
     ],
 )
-def test_a_cache_of_something_else_is_refused(change: str, words: str, teachers: dict[str, Path]) -> None:
+def test_a_cache_of_something_else_is_refused(change: str, words: str, teachers: dict[str, Path], imitate: Imitate, forge: Forge) -> None:
     folder = teachers["bert inner"]
     cache = folder / "cache"
     if not cache.exists():
@@ -182,10 +176,10 @@ def test_a_cache_of_something_else_is_refused(change: str, words: str, teachers:
     if words == "data":
         # another tokenizer, and so another network
         shutil.rmtree(folder / "runs" / name)
-        succeed("train_wide.py", folder / "recipe.yaml", f"--run.name={name}", *keys)
-    done = start("imitate.py", folder / "recipe.yaml", f"--run.name={name}", *keys)
-    assert done.returncode == 2
-    (line,) = [line for line in error_lines(done.stderr) if line.startswith("error:")]
+        forge.start("train_wide.py", folder / "recipe.yaml", f"--run.name={name}", *keys).succeed()
+    refused = forge.start("imitate.py", folder / "recipe.yaml", f"--run.name={name}", *keys)
+    assert refused.codes() == [2]
+    (line,) = [line for line in refused.errors() if line.startswith("error:")]
     assert "narrow.cache" in line
     assert f"({words}" in line
     assert contents(cache) == before
