@@ -24,6 +24,10 @@ pipeline is full, by the slowest rank. With 24 blocks (a) and (b) run on evenly 
 only (`sampled`; of fewer all): the prefix's time is then the least-squares line through theirs, the student's their mean. Repeats
 interleave the arms in rotating order; ratios are medians over repeats of what one repeat gives.
 
+At full width (`--full-width yes`, the default): thin networks of the widths of BERT-Base and of ResNet-50 and -18, of four or six blocks,
+through (c) alone. What is no product, such as norms and activations, weighs the more the narrower a network is, and the networks above are
+narrow so that (a) and (b) end at all.
+
 JSON keys, each the worst over all cases with the figures of every case in `cases`:
   speedup_over_naive      (c) over (a): the smallest at 24 blocks (or the most that was run) with a teacher of 4x width; goal 7.4
   share_of_work_ratio     (c) over (a), as measured, over the analytic ratio of the work; goal 0.9. With the seconds T of a unit's teacher
@@ -33,7 +37,7 @@ JSON keys, each the worst over all cases with the figures of every case in `case
   scaling_2_over_1        (c) over (c) on 1 rank; goal 1.8
   gemm_share              model FLOP/s of teacher and student (products, convolutions and attention; the backward pass as computed) of a
                           rank of (c), over what one core of this machine computes of the same matrix products and convolutions one by
-                          one in a loop; goal 0.8
+                          one in a loop; goal 0.8. Taken at full width, see below; the table has it for every case
   idle_share              time in which the ranks of (c) did not work, from the trace of the steady part; goal at most 0.05
 """
 
@@ -68,6 +72,15 @@ CI = {
     "bert": Shape(32, 16, 4, 16),
     "resnet": Shape(16, 8, 4, "basic"),
 }
+WIDE = {
+    ("bert", "inner4"): (4, Shape(768, 128, 8, 64)),
+    ("bert", "outer2"): (4, Shape(768, 128, 8, 64)),
+    ("bert", "outer4"): (4, Shape(768, 128, 8, 64)),
+    ("resnet", "inner4"): (6, Shape(256, 16, 32)),
+    ("resnet", "outer2"): (6, Shape(64, 16, 32, "basic")),
+    ("resnet", "outer4"): (6, Shape(64, 16, 16, "basic")),
+}
+"""Blocks and shapes at full width."""
 DEPTHS = {"full": (6, 12, 24), "ci": (3,)}
 RANKS = 2
 WHOLE, SAMPLED = 13, 6
@@ -247,6 +260,22 @@ def measure_case(case: Case, two: Crew, one: Crew, options: argparse.Namespace, 
     }
 
 
+def measure_width(case: Case, two: Crew, one: Crew, options: argparse.Namespace) -> dict[str, Any]:
+    """The rate and the idle time of (c) alone."""
+    steps = SETTLE + 5
+    (link, share), *_ = two.call(link_of)
+    (planned,) = one.call(plan_of, case, RANKS, link, share, 3)
+    (work,) = one.call(products, case, None)
+    rows = []
+    for _ in range(options.repeats or 3):
+        ran = two.call(stream, case, planned["plan"], steps, two.folder())
+        seconds = steady([rank["done"] for rank in ran], SETTLE)
+        idle = bubble(utilisation([event for rank in ran for event in rank["events"]], settle=SETTLE))
+        rows.append({"seconds": seconds, "gemm_share": work["flops"] / seconds / RANKS / work["rate"], "idle_share": idle})
+    figures = {key: median(row[key] for row in rows) for key in rows[0]}
+    return {**planned, **figures, "product_flops_per_second": work["rate"], "flops_per_batch": work["flops"], "repeats": rows}
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures of the benchmark."""
     models = MODELS if options.model == "both" else (options.model,)
@@ -267,19 +296,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found[name] = measure_case(case, two, one, options, known)
             if options.preset == "full":
                 print(f"{name}: {found[name]['speedup_over_naive']:.2f}", file=sys.stderr, flush=True)
+    wide: dict[str, dict[str, Any]] = {}
+    if options.preset == "full" and options.full_width == "yes":
+        with Crew(RANKS) as two, Crew(1) as one:
+            for (model, name), (blocks, shape) in WIDE.items():
+                if model in models and name in widenings:
+                    case = Case(model, blocks, shape, WIDENINGS[name])
+                    wide[f"{model} {name}"] = {**case._asdict(), **measure_width(case, two, one, options)}
+                    print(f"{model} {name}, full width: {wide[f'{model} {name}']['gemm_share']:.2f}", file=sys.stderr, flush=True)
     deepest = {name: found[name] for name, case in cases.items() if case.blocks == max(depths)}
     fourfold = {name: figures for name, figures in deepest.items() if 4 in cases[name].widening} or deepest
     return {
         "speedup_over_naive": min(figures["speedup_over_naive"] for figures in fourfold.values()),
         "speedup_over_naive_each": {name: figures["speedup_over_naive"] for name, figures in deepest.items()},
         **{key: min(figures[key] for figures in found.values()) for key in KEYS},
-        "idle_share": max(figures["idle_share"] for figures in found.values()),
+        "gemm_share": min(figures["gemm_share"] for figures in (wide or found).values()),
+        "idle_share": max(figures["idle_share"] for figures in [*found.values(), *wide.values()]),
         "weight_difference": max(figures["weight_difference"] for figures in found.values()),
         "cases": {name: {**cases[name]._asdict(), **figures} for name, figures in found.items()},
+        "full_width": wide,
     }
 
 
-KEYS = ("share_of_work_ratio", "speedup_over_prefix", "scaling_2_over_1", "gemm_share")
+KEYS = ("share_of_work_ratio", "speedup_over_prefix", "scaling_2_over_1")
 
 
 def show(figures: dict[str, Any]) -> str:
@@ -308,6 +347,14 @@ def show(figures: dict[str, Any]) -> str:
         times = [f"{1e3 * of_case[key]:.1f}" for key in ("teacher_seconds", "student_seconds")]
         rows.append([name, of_case["plan"], *rates, *ratios, f"{of_case['idle_share']:.3f}", *times, f"{of_case['weight_difference']:.0e}"])
     lines = [table(head, rows), ""]
+    if figures["full_width"]:
+        head = ["full width", "thin", "plan", "s a step", "GFLOP/s a rank", "GEMM share", "idle"]
+        rows = []
+        for name, of_case in figures["full_width"].items():
+            achieved = of_case["flops_per_batch"] / of_case["seconds"] / RANKS
+            row = [f"{of_case['seconds']:.2f}", f"{achieved / 1e9:.1f}", f"{of_case['gemm_share']:.2f}", f"{of_case['idle_share']:.3f}"]
+            rows.append([name, str(of_case["shape"][0]), of_case["plan"], *row])
+        lines += [table(head, rows), ""]
     for key, goal in GOALS.items():
         line = f"{key} {figures[key]:.3f}"
         if figures["preset"] == "full":
@@ -324,6 +371,7 @@ def main() -> int:
     arguments.add_argument("--blocks", type=positive, metavar="N", help="only this depth (default 6, 12 and 24; ci 3)")
     arguments.add_argument("--widening", choices=(*WIDENINGS, "all"), default="all", help="only this teacher (default all)")
     arguments.add_argument("--repeats", type=positive, metavar="N", help="runs of every arm (default 3; ci 1)")
+    arguments.add_argument("--full-width", choices=("yes", "no"), default="yes", help="also the engine alone at full width")
     return run(measure, arguments, show)
 
 
