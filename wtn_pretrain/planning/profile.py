@@ -19,7 +19,7 @@ from wtn_pretrain.imitation.learner import Learner
 from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.imitation.units import Unit
 from wtn_pretrain.models.base import BlockConfig, Flops
-from wtn_pretrain.parallel.replicas import Replicas
+from wtn_pretrain.parallel.replicas import Replicas, forget_replicas
 from wtn_pretrain.planning.costs import Curve, UnitCost, describe, working_sets
 from wtn_pretrain.planning.footprint import train
 from wtn_pretrain.planning.pieces import Piece, autocast, batch, cut, materialise
@@ -57,10 +57,15 @@ def profile(
     base = resident() + RUNTIME if device().type == "cpu" else 0
     found: dict[str, UnitCost] = {}
     costs = []
+    # the engine's own learners, DeepSpeed included, where this process is in a group (of one)
+    alone = Replicas([0], 0) if dist.is_initialized() and dist.get_world_size() == 1 else None
     for piece in cut(thin, wide, pairing, counts, section, length):
         if piece.key not in found:
-            found[piece.key] = _measured(piece, section, rows, fed, repeats)
+            found[piece.key] = _measured(piece, section, rows, fed, repeats, alone)
         costs.append(found[piece.key])
+    if alone is not None:
+        alone.close()
+        forget_replicas()
     return Profile(costs, base)
 
 
@@ -92,11 +97,11 @@ class _Plain:
         pass
 
 
-def _measured(piece: Piece, section: ImitateSection, rows: int, fed: str, repeats: int) -> UnitCost:
+def _measured(piece: Piece, section: ImitateSection, rows: int, fed: str, repeats: int, alone: Replicas | None) -> UnitCost:
     counts = sorted({math.ceil(rows / parts) for parts in (1, 2, 4, 16)})
     unit = materialise(piece.unit, device())
     unit.learn(piece.learns)
-    learner = _learner(unit, section) if piece.learns else None
+    learner = _learner(unit, section, alone) if piece.learns else None
     points = [(some, *_seconds(unit, learner, piece, section, some, fed, repeats)) for some in counts]
     if learner is not None:
         learner.close()
@@ -112,11 +117,10 @@ def _measured(piece: Piece, section: ImitateSection, rows: int, fed: str, repeat
     )
 
 
-def _learner(unit: Unit, section: ImitateSection) -> "Learner | _Plain":
-    """The engine's own, DeepSpeed included, where this process is in a group (of one)."""
-    if not (dist.is_initialized() and dist.get_world_size() == 1):
+def _learner(unit: Unit, section: ImitateSection, alone: Replicas | None) -> "Learner | _Plain":
+    if alone is None:
         return _Plain(unit, section)
-    return Learner([unit], section.model_copy(update={"micro_batch_size": 0}), Replicas([0], 0))
+    return Learner([unit], section.model_copy(update={"micro_batch_size": 0}), alone)
 
 
 def _seconds(
