@@ -127,7 +127,7 @@ class Pair:
         for unit in units:
             if unit.index:
                 start_from_teacher(unit)
-        return Imitator(units, section, replicas or Replicas([0], 0), observer)
+        return Imitator(units, section, replicas or Replicas.alone(0), observer)
 
     def _maps(self) -> dict[int, Tensor]:
         """Orthonormal maps for the bridges to start from: where they start costs a step nothing, and finding better ones takes long."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from pairs import Pair, Shape, Widening
 from products import Products, rate
 from torch import Tensor
@@ -111,8 +110,6 @@ def stream(place: Place, case: Case, plan: str, steps: int, folder: Path, keep: 
     if keep and wiring.leads:
         _write(folder, "c", imitator)
     imitator.close()
-    dist.barrier()
-    wiring.close()
     forget_replicas()
     return {"done": done, "events": trace.events(), "teacher_flops": imitator.work.teacher_flops, "resident": resident[-1]}
 
@@ -126,12 +123,11 @@ def by_block(place: Place, case: Case, blocks: list[list[int]], together: bool, 
     pair = _pair(case)
     section = _section(pair, steps, schedule="bottom_up", feed="teacher")
     mine = blocks[place.rank]
-    wiring: Wiring | None = None
     if together:
         wiring = Wiring(single(case.blocks + 1, place.world_size), place, pair.batch_size)
         replicas, part = wiring.replicas, wiring.part
     else:
-        replicas, part = Replicas([place.rank], place.rank), (0, pair.batch_size)
+        replicas, part = Replicas.alone(place.rank), (0, pair.batch_size)
     imitator, batches = pair.imitator(section, replicas), pair.stream(part)
     taken = {}
     for phase in phases(section, case.blocks, pair.learns_stem):
@@ -155,8 +151,6 @@ def by_block(place: Place, case: Case, blocks: list[list[int]], together: bool, 
         taken[index] = Taken(sum(teaching) / len(teaching), sum(learning) / len(learning))
     _write(folder, "a" if together else "b", imitator, mine if not together or place.rank == 0 else [])
     imitator.close()
-    dist.barrier()
-    (wiring or replicas).close()
     forget_replicas()
     return taken
 
@@ -199,15 +193,13 @@ def products(place: Place, case: Case, known: float | None) -> dict[str, float]:
     """Model FLOPs of a batch through all units, teacher and student, and the rate of its products one by one (unless `known`)."""
     pair = _pair(case)
     section = _section(pair, 2, schedule="parallel")
-    replicas = Replicas([place.rank], place.rank)
-    imitator = pair.imitator(section, replicas)
+    imitator = pair.imitator(section, Replicas.alone(place.rank))
     (phase,) = phases(section, case.blocks, pair.learns_stem)
     imitator.begin(phase)
     batch = to_device(pair.stream().micro_batch(0, 0))
     with Products() as made:
         imitator.step(phase, Entry(batch, batch))
     imitator.close()
-    replicas.close()
     forget_replicas()
     return {"flops": float(made.flops), "rate": known or rate(made.calls)}
 

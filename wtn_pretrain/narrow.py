@@ -93,7 +93,6 @@ class Narrow:
         self.plan = choose_plan(section, thin, wide, pairing, self.counts, place.world_size, task.length)
         # a file that does not fit is refused before anything is loaded
         learner_config(section, 1)
-        self._wirings: list[Wiring] = []
         with torch.device("meta"):
             self.kinds = bridge_kinds(thin.build(), wide.build(), pairing, section.bridge)
 
@@ -116,10 +115,6 @@ class Narrow:
                     finish(self._assemble(observer, store))
                 store.set("finished", "yes")
             self._meet(0, "finished", observer, store)
-            # nobody uses them any more, and the next seed makes its own
-            for wiring in self._wirings:
-                wiring.close()
-            self._wirings.clear()
 
     def _imitate(self, seed: int, data_seed: int, observer: Observer, store: Store) -> None:
         section = self.section
@@ -156,7 +151,6 @@ class Narrow:
         imitator.close()
         residence.close()
         forget_replicas()
-        self._wirings.append(wiring)
         if wiring.leads:
             store.set(f"errors-{wiring.seat.span}", json.dumps({"position": position, "errors": errors}))
 

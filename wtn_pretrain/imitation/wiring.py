@@ -2,14 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, destroy_process_group
 
 from wtn_pretrain.device import backend
 from wtn_pretrain.imitation.plan import Plan, shares, starts
 from wtn_pretrain.models.base import Carry
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.relay import Link, Message, Overlap, overlaps
-from wtn_pretrain.parallel.replicas import Replicas, local_group
+from wtn_pretrain.parallel.replicas import Replicas, kept, local_group
 
 
 class Wiring:
@@ -25,18 +24,13 @@ class Wiring:
         self.span = plan.spans[self.seat.span]
         self.part = _parts(rows, self.span.replicas)[self.seat.replica]
         """First row and number of rows of a micro-batch that this rank works on."""
-        self.replicas = Replicas(plan.ranks_of(self.seat.span), place.rank)
-        self._groups: list[ProcessGroup] = []
+        # plans that divide the ranks alike use the same groups
+        self._division = tuple(tuple(plan.ranks_of(span)) for span in range(len(plan.spans)))
+        self.replicas = kept(self._division, lambda: Replicas(plan.ranks_of(self.seat.span), place.rank))
         # even boundaries, then odd ones: a rank has at most one of each
         links = {edge: self._links(edge, wire) for edge in sorted((self.seat.span - 1, self.seat.span), key=lambda edge: edge % 2)}
         self.below, self.lead_below = links[self.seat.span - 1]
         self.above, self.lead_above = links[self.seat.span]
-
-    def close(self) -> None:
-        """Gives the links up, once no rank uses them any more; every rank must do so at the same point."""
-        self.replicas.close()
-        for group in self._groups:
-            destroy_process_group(group)
 
     @property
     def leads(self) -> bool:
@@ -49,9 +43,8 @@ class Wiring:
         none = range(0)
         lower, upper = (self.plan.ranks_of(edge), self.plan.ranks_of(edge + 1)) if exists else (none, none)
         ranks = [*lower, *upper] or [self.place.rank]
-        group = local_group(ranks, "gloo")
-        payload = local_group(ranks) if backend() != "gloo" else None
-        self._groups += [group] if payload is None else [group, payload]
+        group = kept((self._division, edge, "gloo"), lambda: local_group(ranks, "gloo"))
+        payload = kept((self._division, edge), lambda: local_group(ranks)) if backend() != "gloo" else None
         if not exists:
             return None, None
         sending = self.seat.span == edge

@@ -1,6 +1,7 @@
 """The ranks that share a span: one group in which gradients, losses and batch statistics are summed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +16,20 @@ def local_group(ranks: Sequence[int], backend: str | None = None) -> dist.Proces
     return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
 
 
+Made = TypeVar("Made")
+_kept: dict[Hashable, Any] = {}
+
+
+def kept(key: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` has made for `key` before, or makes now; for process groups, which are kept as long as the process lives.
+
+    A group that is made after an equal one was destroyed has its name, and may meet the addresses that the old one has left.
+    """
+    if key not in _kept:
+        _kept[key] = make()
+    return _kept[key]
+
+
 class Replicas:
     """The replicas of one span, in the form in which DeepSpeed takes its data-parallel group (its `mpu`)."""
 
@@ -25,16 +40,16 @@ class Replicas:
         # two groups on every rank, see `local_group`
         self.group, self._alone = local_group(self.ranks), local_group([rank])
 
+    @classmethod
+    def alone(cls, rank: int) -> "Replicas":
+        """Of a rank that shares its span with nobody; every rank must ask for its own at the same point."""
+        return kept(("alone", rank), lambda: cls([rank], rank))
+
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over the replicas, in place."""
         if self.count > 1:
             dist.all_reduce(value, group=self.group)
         return value
-
-    def close(self) -> None:
-        """Gives the groups up; every rank must do so at the same point."""
-        for group in (self.group, self._alone):
-            dist.destroy_process_group(group)
 
     # what DeepSpeed asks of a model-parallel unit; spans share no gradients, so to it they are different models
     def get_data_parallel_group(self) -> dist.ProcessGroup:

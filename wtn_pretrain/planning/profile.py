@@ -58,13 +58,12 @@ def profile(
     found: dict[str, UnitCost] = {}
     costs = []
     # the engine's own learners, DeepSpeed included, where this process is in a group (of one)
-    alone = Replicas([0], 0) if dist.is_initialized() and dist.get_world_size() == 1 else None
+    alone = Replicas.alone(0) if dist.is_initialized() and dist.get_world_size() == 1 else None
     for piece in cut(thin, wide, pairing, counts, section, length):
         if piece.key not in found:
             found[piece.key] = _measured(piece, section, rows, fed, repeats, alone)
         costs.append(found[piece.key])
     if alone is not None:
-        alone.close()
         forget_replicas()
     return Profile(costs, base)
 

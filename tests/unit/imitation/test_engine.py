@@ -78,7 +78,7 @@ def setup(name: str, settings: ImitateSection) -> tuple[Imitator, BatchStream, l
     entry = bridges.get(0)
     thin.start_stem_from(wide, entry.reduce().detach() if entry else None)
     units = make_units(thin, wide, pairing, bridges, settings, (flops(thin_config), flops(wide_config)))
-    return Imitator(units, settings, Replicas([0], 0)), stream, phases(settings, pairing.units, learns_stem=0 in bridges)
+    return Imitator(units, settings, Replicas.alone(0)), stream, phases(settings, pairing.units, learns_stem=0 in bridges)
 
 
 def run(name: str, folder: Path, settings: ImitateSection, plan: Callable[[list[Phase]], list[Phase]] = list) -> Imitator:
