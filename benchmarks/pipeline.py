@@ -78,7 +78,7 @@ WIDE = {
     ("bert", "outer4"): (4, Shape(768, 128, 8, 64)),
     ("resnet", "inner4"): (6, Shape(256, 16, 32)),
     ("resnet", "outer2"): (6, Shape(64, 16, 32, "basic")),
-    ("resnet", "outer4"): (6, Shape(64, 16, 16, "basic")),
+    ("resnet", "outer4"): (6, Shape(64, 16, 32, "basic")),
 }
 """Blocks and shapes at full width."""
 DEPTHS = {"full": (6, 12, 24), "ci": (3,)}

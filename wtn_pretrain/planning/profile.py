@@ -25,7 +25,7 @@ from wtn_pretrain.planning.footprint import train
 from wtn_pretrain.planning.pieces import Piece, autocast, batch, cut, materialise
 from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
 
-RUNTIME = 25_000_000
+RUNTIME = 55_000_000
 """Bytes that a process takes once it works: threads, kernels made at run time, libraries that are loaded when first used."""
 
 

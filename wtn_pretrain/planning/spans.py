@@ -114,7 +114,8 @@ class SpanCosts:
         outgoing[-1] = 0
         # gradients of the units above the one at work are not there yet, unless earlier micro-batches left theirs
         work = self._peak(first) + (0 if flow.accumulation == 1 else gradients)
-        bucket = np.maximum.accumulate([cost.trained for cost in costs])[:, None] * (replicas > 1)
+        # replicas average gradients in buckets, a unit's after the other's; what was freed of them stays in a heap of the CPU
+        bucket = (trained if self.cluster.slack else np.maximum.accumulate([cost.trained for cost in costs])[:, None]) * (replicas > 1)
         return Memory(
             base=np.full((lasts, len(replicas)), self.cluster.base),
             teacher=summed([cost.teacher_weights for cost in costs]),
