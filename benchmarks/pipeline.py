@@ -179,8 +179,8 @@ def measure_case(case: Case, two: Crew, one: Crew, options: argparse.Namespace, 
     """The figures of one pair of networks. `known`: rates of products, measured once for all depths."""
     repeats = options.repeats or (1 if options.preset == "ci" else 3)
     steps, own_steps = STEPS[options.preset], steps_of(case.blocks)
-    (link, share), *_ = two.call(link_of)
-    (planned,) = one.call(plan_of, case, RANKS, link, share, 1 if options.preset == "ci" else 3)
+    connection, *_ = two.call(link_of)
+    (planned,) = one.call(plan_of, case, RANKS, connection, 1 if options.preset == "ci" else 3)
     alone = str(single(case.blocks + 1))
     # at other depths the same shapes come back, in nearly the same shares
     kind = case.model, case.widening
@@ -263,8 +263,8 @@ def measure_case(case: Case, two: Crew, one: Crew, options: argparse.Namespace, 
 def measure_width(case: Case, two: Crew, one: Crew, options: argparse.Namespace) -> dict[str, Any]:
     """The rate and the idle time of (c) alone."""
     steps = SETTLE + 5
-    (link, share), *_ = two.call(link_of)
-    (planned,) = one.call(plan_of, case, RANKS, link, share, 3)
+    connection, *_ = two.call(link_of)
+    (planned,) = one.call(plan_of, case, RANKS, connection, 3)
     (work,) = one.call(products, case, None)
     rows = []
     for _ in range(options.repeats or 3):

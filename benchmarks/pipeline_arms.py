@@ -24,7 +24,7 @@ from wtn_pretrain.imitation.wiring import Wiring
 from wtn_pretrain.models.base import Flow
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.replicas import Replicas, forget_replicas
-from wtn_pretrain.planning.cluster import Cluster, Link, cores, measure_link
+from wtn_pretrain.planning.cluster import Cluster, Connection, cores, measure_link
 from wtn_pretrain.planning.costs import UnitCost
 from wtn_pretrain.planning.predict import predict
 from wtn_pretrain.planning.profile import profile
@@ -155,17 +155,17 @@ def by_block(place: Place, case: Case, blocks: list[list[int]], together: bool, 
     return taken
 
 
-def plan_of(place: Place, case: Case, ranks: int, link: Link, share: float, repeats: int) -> dict[str, Any]:
+def plan_of(place: Place, case: Case, ranks: int, connection: Connection, repeats: int) -> dict[str, Any]:
     """The planner's plan for `ranks` ranks, from costs measured here, and what it predicts of it."""
-    costs, cluster, moving = _costs(case, ranks, link, share, repeats)
+    costs, cluster, moving = _costs(case, ranks, connection, repeats)
     plan = search(costs, cluster, moving)
     return {"plan": str(plan), "predicted_seconds": predict(plan, costs, cluster, moving).micro_batch}
 
 
-def predictions(place: Place, case: Case, plans: list[str], link: Link, share: float, repeats: int) -> list[dict[str, Any]]:
+def predictions(place: Place, case: Case, plans: list[str], connection: Connection, repeats: int) -> list[dict[str, Any]]:
     """Seconds of a step of each plan, and bytes of each of its ranks, from costs measured here in a process that holds no network."""
     plan = parse(plans[0])
-    costs, cluster, moving = _costs(case, plan.ranks, link, share, repeats)
+    costs, cluster, moving = _costs(case, plan.ranks, connection, repeats)
     found = []
     for text in plans:
         stages = predict(parse(text), costs, cluster, moving)
@@ -175,17 +175,17 @@ def predictions(place: Place, case: Case, plans: list[str], link: Link, share: f
     return found
 
 
-def _costs(case: Case, ranks: int, link: Link, share: float, repeats: int) -> tuple[list[UnitCost], Cluster, PlannedFlow]:
+def _costs(case: Case, ranks: int, connection: Connection, repeats: int) -> tuple[list[UnitCost], Cluster, PlannedFlow]:
     pair = _pair(case)
     section = _section(pair, 2, schedule="parallel")
     moving = flow(section, "teacher")
     measured = profile(pair.thin, pair.wide, pair.pairing, pair.counts, section, moving.rows, fed="teacher", repeats=repeats)
-    cluster = cores(ranks)._replace(inside=link, between=link, reduce=share, base=measured.base)
+    cluster = connection.of(cores(ranks))._replace(base=measured.base)
     return measured.costs, cluster, moving
 
 
-def link_of(place: Place) -> tuple[Link, float]:
-    """The link between the ranks."""
+def link_of(place: Place) -> Connection:
+    """What connects the ranks."""
     return measure_link(1 << 22)
 
 

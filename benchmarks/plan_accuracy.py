@@ -71,9 +71,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         widening: Widening = WIDENINGS[name]
         case = Case(model, 6 if full else 3, shape, widening)
         with Crew(RANKS) as crew:
-            (link, share), *_ = crew.call(link_of)
+            connection, *_ = crew.call(link_of)
         with Crew(1) as crew:
-            (foretold,) = crew.call(predictions, case, list(plans), link, share, 5 if full else 1)
+            (foretold,) = crew.call(predictions, case, list(plans), connection, 5 if full else 1)
         for prediction in foretold:
             seconds, resident = measure_plan(case, prediction["plan"], steps, repeats)
             base = prediction["terms"][0]["base"]

@@ -39,6 +39,8 @@ class Cluster(NamedTuple):
     """Bytes that a process holds before any network is built."""
     reduce: float = 1.0
     """Bandwidth of an all-reduce as a share of the link's (on the CPU summing takes time of its own)."""
+    meeting: float = 0.0
+    """Seconds that ranks at work lose where they meet for a small sum, beside the latency: to be woken, and until the last has come."""
     hidden: float = 1.0
     """Share of a relay that costs the computation nothing; on the CPU, copying takes some of it."""
     slack: float = 0.0
@@ -63,9 +65,9 @@ def data_centre(ranks: int) -> Cluster:
 
 
 def cores(ranks: int) -> Cluster:
-    """Cores of one machine over gloo: 1 GB/s and 0.1 ms, no limit of memory, 0.5 GB the process's own."""
+    """Cores of one machine over gloo: 1 GB/s, 0.1 ms and 1 ms to meet, no limit of memory, 0.5 GB the process's own."""
     link = Link(1e9, 1e-4)
-    return Cluster(ranks, ranks, link, link, base=500_000_000, reduce=0.5, hidden=0.5, slack=1.2)
+    return Cluster(ranks, ranks, link, link, base=500_000_000, reduce=0.5, meeting=1e-3, hidden=0.5, slack=1.2)
 
 
 def usual(ranks: int) -> Cluster:
@@ -73,8 +75,20 @@ def usual(ranks: int) -> Cluster:
     return (cores if device().type == "cpu" else data_centre)(ranks)
 
 
-def measure_link(size: int = 1 << 24, repeats: int = 5) -> tuple[Link, float]:
-    """The link between ranks 0 and 1 of the running process group, and the all-reduce's share of its bandwidth.
+class Connection(NamedTuple):
+    """What is measured of the links between ranks; see `Cluster`."""
+
+    link: Link
+    reduce: float
+    meeting: float
+
+    def of(self, cluster: Cluster) -> Cluster:
+        """`cluster` with these links everywhere."""
+        return cluster._replace(inside=self.link, between=self.link, reduce=self.reduce, meeting=self.meeting)
+
+
+def measure_link(size: int = 1 << 24, repeats: int = 5) -> Connection:
+    """The link between ranks 0 and 1 of the running process group, the all-reduce's share of its bandwidth, and what meeting costs.
 
     Every rank calls it and gets the same answer; two sizes tell bandwidth from latency, the fastest of `repeats` counts.
     """
@@ -101,10 +115,29 @@ def measure_link(size: int = 1 << 24, repeats: int = 5) -> tuple[Link, float]:
     bandwidth = size / max(large - small, large / 2)
     ranks = dist.get_world_size()
     share = 2 * (ranks - 1) / ranks * size / bandwidth / max(together - 2 * (ranks - 1) * small, together / 2)
-    answer = torch.tensor([bandwidth, small, share], dtype=torch.float64, device=here)
+    meeting = _meeting(here, 10 * repeats) - 2 * (ranks - 1) * small
+    answer = torch.tensor([bandwidth, small, share, max(meeting, 0.0)], dtype=torch.float64, device=here)
     dist.broadcast(answer, 0)
-    bandwidth, small, share = answer.tolist()
-    return Link(bandwidth, small), share
+    bandwidth, small, share, meeting = answer.tolist()
+    return Connection(Link(bandwidth, small), share, meeting)
+
+
+def _meeting(here: torch.device, times: int) -> float:
+    """Seconds of a small sum between two pieces of work of a millisecond or so, the mean."""
+    matrix = torch.full((384, 384), 1e-3, device=here)
+    few = torch.zeros(64, device=here)
+    spent = 0.0
+    for _ in range(times):
+        for _ in range(4):
+            matrix @ matrix
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(few)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        spent += time.perf_counter() - began
+    return spent / times
 
 
 def _timed(work: Callable[[], object], repeats: int) -> float:

@@ -198,7 +198,7 @@ def describe(
         student_hidden=row_bytes(piece.student_out.hidden),
         bridge=0 if unit.exit is None else _one(unit.exit.expand),
         inputs=0 if unit.index else row_bytes(piece.teacher_in),
-        syncs=1 + 4 * norms,
+        syncs=1 + 2 * norms,
     )
 
 

@@ -161,7 +161,7 @@ class SpanCosts:
         """Seconds of a unit's sums over the replicas for each micro-batch [r]; ZeRO's scatter and gather move as much."""
         cost = self.costs[unit]
         gradients = self.cluster.all_reduce(cost.trained, self.replicas, crosses) / self.flow.accumulation
-        small = cost.syncs * self.cluster.all_reduce(0, self.replicas, crosses)
+        small = cost.syncs * (self.cluster.all_reduce(0, self.replicas, crosses) + self.cluster.meeting * (self.replicas > 1))
         return gradients + small if cost.learns else np.zeros(len(self.replicas))
 
     @cached_property

@@ -155,18 +155,18 @@ def test_the_all_reduce_of_a_ring() -> None:
 
 def _measure(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    link, share = measure_link(1 << 24, repeats=3)
-    Path(folder, f"{rank}").write_text(f"{link.bandwidth} {link.latency} {share}")
+    found = measure_link(1 << 24, repeats=3)
+    Path(folder, f"{rank}").write_text(f"{found.link.bandwidth} {found.link.latency} {found.reduce} {found.meeting}")
     dist.destroy_process_group()
 
 
 def test_a_measured_link_is_the_same_to_all_ranks(tmp_path: Path) -> None:
     spawn(_measure, args=(str(tmp_path),), nprocs=2)
     first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
-    bandwidth, latency, share = map(float, first.split())
+    bandwidth, latency, share, meeting = map(float, first.split())
     assert first == second
     # any machine: 1 MB/s to 1 TB/s, under a second
-    assert 1e6 < bandwidth < 1e12 and 0 < latency < 1 and share > 0
+    assert 1e6 < bandwidth < 1e12 and 0 < latency < 1 and share > 0 and 0 <= meeting < 1
 
 
 def test_unit_costs_are_hashable_values() -> None:

@@ -70,7 +70,7 @@ def stage_time(costs: list[UnitCost], cluster: Cluster, flow: Flow, span: Span, 
         busy += cost.step / (span.replicas if flow.zero else 1) / flow.accumulation
         if cost.learns:
             busy += ring(cluster, cost.trained, span.replicas, len(set(nodes)) > 1) / flow.accumulation
-            busy += cost.syncs * ring(cluster, 0, span.replicas, len(set(nodes)) > 1)
+            busy += cost.syncs * (ring(cluster, 0, span.replicas, len(set(nodes)) > 1) + (cluster.meeting if span.replicas > 1 else 0))
 
     def relay(cost: UnitCost, far: bool) -> float:
         link = cluster.between if far else cluster.inside
@@ -154,6 +154,7 @@ def case(seed: int, units: int, ranks: int) -> tuple[list[UnitCost], Cluster, Fl
         Link(inside.bandwidth / slow, inside.latency * slow),
         base=10,
         reduce=draw.choice([1.0, 0.5]),
+        meeting=draw.choice([0.0, 0.05]),
         hidden=draw.choice([1.0, 0.7]),
     )
     return [unit(draw, index == 0, rows) for index in range(units)], cluster, flow
