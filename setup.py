@@ -33,6 +33,7 @@ setup(
         "sentencepiece>=0.2.1",
         "datasets==5.2.0",
         "pillow>=11.0",
+        "scipy>=1.11",  # the inverse of the beta distribution, for mixup
         "scikit-learn>=1.7",  # the digits that the quickstart trains on
         "onnx==1.23.2",
         "onnxscript==0.7.2",
@@ -41,7 +42,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "test": ["pytest==9.2.0", "hypothesis>=6.150"],
-        "dev": ["pytest==9.2.0", "hypothesis>=6.150", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "pre-commit>=4.0"],
+        "test": ["pytest==9.2.0", "hypothesis>=6.150", "accelerate==1.15.0"],
+        "dev": ["pytest==9.2.0", "hypothesis>=6.150", "accelerate==1.15.0", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "pre-commit>=4.0"],
     },
 )

@@ -35,6 +35,67 @@ def hardware() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def supports_fp16() -> bool:
+    """Whether the device computes in half precision, as DeepSpeed sees it."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the inputs of fp32 products to TensorFloat-32, of matrices and of convolutions alike (torch: the latter)."""
+    if device().type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+# dense, from the vendors' data sheets, TFLOP/s: (bf16, fp16, tf32, fp32), None where the device has no such units; the first name that fits
+_PEAKS: dict[str, tuple[float | None, float | None, float | None, float]] = {
+    "GB200": (2500, 2500, 1250, 80),
+    "B200": (2250, 2250, 1125, 75),
+    "GH200": (989, 989, 494, 67),
+    "H200 NVL": (835, 835, 418, 60),
+    "H200": (989, 989, 494, 67),
+    "H100 NVL": (835, 835, 418, 60),
+    "H100 PCIe": (756, 756, 378, 51),
+    "H100": (989, 989, 494, 67),
+    "H800": (989, 989, 494, 67),
+    "A100": (312, 312, 156, 19.5),
+    "A800": (312, 312, 156, 19.5),
+    "A40": (149.7, 149.7, 74.8, 37.4),
+    "A30": (165, 165, 82, 10.3),
+    "A10G": (70, 70, 35, 31.2),
+    "A10": (125, 125, 62.5, 31.2),
+    "L40S": (362, 362, 183, 91.6),
+    "L40": (181, 181, 90.5, 90.5),
+    "L4": (121, 121, 60, 30.3),
+    "V100": (None, 125, None, 15.7),
+    "T4": (None, 65, None, 8.1),
+    "RTX 6000 Ada": (364, 364, 182, 91.1),
+    "RTX A6000": (154.8, 154.8, 77.4, 38.7),
+    "RTX 4090": (165.2, 165.2, 82.6, 82.6),
+    "RTX 3090": (71, 71, 35.6, 35.6),
+    "MI300X": (1307, 1307, 654, 163.4),
+    "MI250X": (191.5, 191.5, None, 47.9),
+}
+
+
+def peak_flops(precision: str) -> float | None:
+    """Dense FLOP/s that the device promises for products of `precision` (bf16, fp16, tf32, fp32); None where nothing is known."""
+    here = device()
+    return known_peak(torch.cuda.get_device_name(here), precision) if here.type == "cuda" else None
+
+
+def known_peak(name: str, precision: str) -> float | None:
+    """`peak_flops` of a device by the name it gives itself, such as "NVIDIA A100-SXM4-80GB"."""
+    words = f" {name.replace('-', ' ')} "
+    peaks = next((peaks for key, peaks in _PEAKS.items() if f" {key} " in words), None)
+    if peaks is None:
+        return None
+    peak = dict(zip(("bf16", "fp16", "tf32", "fp32"), peaks, strict=True))[precision]
+    return None if peak is None else peak * 1e12
+
+
 def peak_memory() -> int:
     """Bytes: the most that the device has held for this process (on the CPU, its largest resident set)."""
     here = device()

@@ -1,6 +1,8 @@
 """Writing files so that a reader finds the old one or the new one, never a part."""
 
+import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -42,9 +44,41 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
+            sync_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         # torch says RuntimeError when a disk is full
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be written ({reason}); free the place or choose another folder") from None
+
+
+def switch_folder(draft: Path, path: Path) -> None:
+    """Switches the folder `draft`, whose files are durable, in as `path`; what stands there goes.
+
+    Raises:
+        OSError: the place refuses; one of the two is left, whole.
+    """
+    sync_folder(draft)
+    if path.exists():
+        # a folder that holds something cannot be replaced in one step
+        gone = path.with_name(f".{path.name}.{os.getpid()}.part")
+        os.rename(path, gone)
+        os.rename(draft, path)
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        os.rename(draft, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes durable which names stand in a folder: without this, a file that was switched in may be gone after a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        # some file systems have nothing to do here, and say so
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(folder)

@@ -47,6 +47,13 @@ class Stages:
         self.thin = self.task.complete(recipe.model)
         self.wide_shape = self.task.complete(recipe.wide_model())
         self.pairing = pair(self.thin, self.wide_shape, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
+        for name, shape in (("wide", self.wide_shape), ("finetune", self.thin)):
+            section: TrainSection = getattr(recipe, name)
+            if section.tensor_parallel > 1:
+                length = self.task.length if section.sequence_parallel else None
+                reason = shape.why_not_divisible(section.tensor_parallel, length)
+                if reason:
+                    raise UserError(f"{name}.tensor_parallel: {reason}")
         with torch.device("meta"):
             # refused before the wide network is trained, not after
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
@@ -105,7 +112,7 @@ class Stages:
         torch.manual_seed(init)
         network = start() if start else shape.build()
         trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place)
-        forward = self.task.forward_flops(shape).total
+        forward = self.task.stage_flops(shape, section.steps)
         result = {
             **trained.score,
             "steps": section.steps,

@@ -48,7 +48,7 @@ NARROW = {
 }
 FINETUNE = {
     "bert with dropout": Case(BERT, {**DROPOUT, "finetune.steps": 60}, (14,)),
-    "resnet": Case(RESNET, {"finetune.steps": 60}, (7,)),
+    "resnet": Case(RESNET, {"finetune.steps": 60}, (12,)),
 }
 
 Trained = Callable[[dict[str, Any], str], Path]
@@ -89,7 +89,9 @@ def interrupted(folder: Path, script: str, stage: str, case: Case, finished: Pat
     # the last start did continue: the first step it tells of lies beyond a checkpoint that surely was written
     told = re.search(rf"^{stage} (\d+)/", again.stderr, re.MULTILINE)
     assert told is not None
-    assert (reached - 1) // case.every * case.every < int(told[1]) <= reached + 1
+    # a training stage writes while it goes on: what surely was written is the checkpoint before the newest
+    surely = (reached - 1) // case.every - (0 if stage == "narrow" else 1)
+    assert surely * case.every < int(told[1]) <= reached + 1
     assert losses(runs / KILLED / stage) == losses(runs / ALONE / stage)
     assert [r.get("units") for r in records(runs / KILLED / stage)] == [r.get("units") for r in records(runs / ALONE / stage)]
     assert equal_bits(weights(runs / KILLED / stage), weights(runs / ALONE / stage))

@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,10 @@ class ArrayPixels:
     pixels: np.ndarray  # uint8 [N, C, H, W]
     channels: int
     size: int
+
+    def resized(self, size: int) -> "ArrayPixels":
+        """The same pixels, read at another side."""
+        return replace(self, size=size)
 
     def read(self, indices: np.ndarray, seeds: np.ndarray | None, augment: Augment | None) -> np.ndarray:
         """uint8 [B, channels, size, size]."""

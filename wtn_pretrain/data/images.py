@@ -1,6 +1,6 @@
 """Image classification sets: their settings, their splits and the normalised batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -10,10 +10,12 @@ from pydantic import Field, model_validator
 
 from wtn_pretrain.config import Section
 from wtn_pretrain.data import image_files
-from wtn_pretrain.data.augment import Augment, shift_and_flip
+from wtn_pretrain.data.augment import Augment, erase, shift_and_flip
 from wtn_pretrain.data.hashing import permutation
 from wtn_pretrain.data.image_arrays import CIFAR_CLASSES, ArrayPixels, Arrays, read_cifar, read_digits, read_idx, with_channels
 from wtn_pretrain.data.image_files import DecodedPixels, Encoded, Subset, TableImages
+from wtn_pretrain.data.mixing import mix, partners
+from wtn_pretrain.data.rand_augment import rand_augment
 from wtn_pretrain.data.tables import check_column, open_tables, training_table, validation_table
 from wtn_pretrain.errors import UserError
 
@@ -48,6 +50,19 @@ class ImageData(Section):
     """Cut training images at random from 8 to 100% of the area, as for ImageNet; sources folder and datasets, with size."""
     crop_fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the shorter side that the centre crop keeps (0.875 is usual for ImageNet); sources folder and datasets, with size."""
+    rand_augment: int = Field(default=0, ge=0)
+    """Operations of RandAugment on each training image (Cubuk et al. 2020; 2 is usual); 0: off."""
+    magnitude: float = Field(default=9.0, ge=0, le=10)
+    """Strength of RandAugment's operations, of 10."""
+    random_erasing: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a rectangle of a training image is blanked (Zhong et al. 2020)."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Alpha of mixup on training images (Zhang et al. 2018; 0.2 is usual); 0: off."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Alpha of CutMix on training images (Yun et al. 2019; 1.0 is usual); 0: off. With mixup as well, each pair draws one of them."""
+    sizes: tuple[tuple[float, int], ...] = ()
+    """Progressive resizing of training on labels: pairs (share of the steps, side), each side used until that share of the steps is
+    done, then `size`; [[0.4, 128], [0.8, 176]] for example. Imitation and validation always take `size`."""
     valid_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Part held out for validation where the source has no such split."""
     limit: int | None = Field(default=None, ge=1)
@@ -67,11 +82,27 @@ class ImageData(Section):
             for name in ("random_resized_crop", "crop_fraction"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise UserError(f"{name} needs size and source folder or datasets; leave it out")
+        if not self.rand_augment and self.magnitude != type(self).model_fields["magnitude"].default:
+            raise UserError("magnitude is that of rand_augment, which is off; set rand_augment to 2, or leave magnitude out")
+        shares = [share for share, _ in self.sizes]
+        if any(not 0 < share < 1 for share in shares) or shares != sorted(set(shares)):
+            raise UserError(f"sizes has the shares {shares}; they must rise, each between 0 and 1")
+        if any(side < 1 for _, side in self.sizes):
+            raise UserError(f"sizes has the sides {[side for _, side in self.sizes]}; each must be at least 1 pixel")
         return self
 
 
 class Pixels(Protocol):
     """Where a set's images are read from."""
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of what is read."""
+        ...
+
+    def resized(self, size: int) -> "Pixels":
+        """The same images, read at another side."""
+        ...
 
     def read(self, indices: np.ndarray, seeds: np.ndarray | None, augment: Augment | None) -> np.ndarray:
         """uint8 [B, C, size, size]; the source applies random_resized_crop itself, for it decodes."""
@@ -80,7 +111,11 @@ class Pixels(Protocol):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A Dataset of {"pixels": float32 [B, C, size, size], normalised per channel, "labels": int64 [B]}."""
+    """A Dataset of {"pixels": float32 [B, C, size, size], normalised per channel, channels last in memory, "labels": int64 [B]}.
+
+    Where images are mixed there are also "partner_labels" int64 [B] and "own_share" float32 [B]: the target of a sample is its own
+    label with that probability, and its partner's with the rest.
+    """
 
     pixels: Pixels
     labels: np.ndarray  # int64 [N]
@@ -94,14 +129,29 @@ class ImageSet:
     def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
         """See `wtn_pretrain.data.stream.Dataset`."""
         pixels = self.pixels.read(indices, seeds, self.augment)
-        if self.augment is not None and seeds is not None:
-            pixels = shift_and_flip(pixels, seeds, self.augment)
-        # one multiply and one add a pixel: x / (255 std) - mean / std
-        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
-        normalised = pixels.astype(np.float32, order="C")
+        augment = self.augment if seeds is not None else None
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        if augment is not None and seeds is not None:
+            pixels = shift_and_flip(pixels, seeds, augment)
+            if augment.operations:
+                fill = np.rint(255 * mean).astype(np.uint8)
+                pixels = rand_augment(pixels, seeds, augment.operations, augment.magnitude, fill)
+        # one multiply and one add a pixel: x / (255 std) - mean / std; channels last, as convolutions want them, and made so once
+        normalised = pixels.transpose(0, 2, 3, 1).astype(np.float32, order="C")
         normalised *= 1 / (255 * std)
         normalised -= mean / std
-        return {"pixels": torch.from_numpy(normalised), "labels": torch.from_numpy(self.labels[indices])}
+        batch = {"labels": torch.from_numpy(self.labels[indices])}
+        if augment is not None and seeds is not None:
+            if augment.erase:
+                erase(normalised, seeds, augment.erase)
+            if augment.mixes:
+                batch["own_share"] = torch.from_numpy(mix(normalised, seeds, augment.mixup, augment.cutmix))
+                batch["partner_labels"] = torch.from_numpy(partners(self.labels[indices]))
+        return {"pixels": torch.from_numpy(normalised).permute(0, 3, 1, 2), **batch}
+
+    def resized(self, size: int) -> "ImageSet":
+        """The same images at another side."""
+        return self if size == self.pixels.size else replace(self, pixels=self.pixels.resized(size))
 
 
 @dataclass(frozen=True)
@@ -247,9 +297,20 @@ def _decoded_splits(
 
 
 def _augment(config: ImageData, size: int) -> Augment | None:
-    if config.shift >= size:
-        raise UserError(f"data.shift {config.shift} can push an image of {size} x {size} pixels out of sight; lower it")
-    return Augment(config.shift, config.flip, config.random_resized_crop) or None
+    least = min([size, *(side for _, side in config.sizes)])
+    if config.shift >= least:
+        raise UserError(f"data.shift {config.shift} can push an image of {least} x {least} pixels out of sight; lower it")
+    made = Augment(
+        shift=config.shift,
+        flip=config.flip,
+        random_resized_crop=config.random_resized_crop,
+        operations=config.rand_augment,
+        magnitude=config.magnitude,
+        erase=config.random_erasing,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+    )
+    return made or None
 
 
 def _statistics(pixels: np.ndarray, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,11 +1,13 @@
 """Masking as in BERT: 15% of a row's tokens chosen, of which 80% become [MASK], 10% a random token and 10% stay."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from wtn_pretrain.data.hashing import uniforms
+from wtn_pretrain.data.packing import SPECIAL, PackedText
 from wtn_pretrain.data.text import TextSet
 from wtn_pretrain.data.tokenizer import continuations
 from wtn_pretrain.errors import UserError
@@ -18,7 +20,8 @@ _CHOICE, _ACTION, _REPLACEMENT = 21, 22, 23
 
 
 class Masker:
-    """Chooses P = max(1, round(probability * (S - 2))) tokens of each row of S, the same P for all rows, and hides them.
+    """Chooses P = max(1, round(probability * (S - 2))) tokens of each row of S, the same P for all rows, and hides them; fewer where
+    a row is said to hold fewer than S - 2 tokens of text.
 
     Special tokens are never chosen, [UNK] included. With `whole_word` the pieces of a word (a piece and the ## pieces after it) are
     chosen together: words in random order, those that no longer fit left out, and what remains of P unused.
@@ -41,11 +44,17 @@ class Masker:
         """P for rows of `sequence_length` tokens."""
         return max(1, round(self.probability * (sequence_length - 2)))
 
-    def __call__(self, input_ids: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def budgets(self, words: np.ndarray) -> np.ndarray:
+        """How many of so many tokens of text are chosen: int64, the shape of `words`."""
+        return np.maximum(1, np.rint(self.probability * words).astype(np.int64))
+
+    def __call__(
+        self, input_ids: np.ndarray, seeds: np.ndarray, words: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masked copy [B, S] of `input_ids` int64 [B, S]; positions int64 [B, P], ascending; targets int64 [B, P], the hidden ids.
 
-        `seeds` uint64 [B] decide everything. A slot without a token has target -100 and position S - 1. Raises a UserError for ids
-        that the tokenizer does not have.
+        `seeds` uint64 [B] decide everything; `words` int [B] are the tokens of text in each row, None: S - 2. A slot without a token
+        has target -100 and position S - 1. Raises a UserError for ids that the tokenizer does not have.
         """
         if input_ids.size and not 0 <= input_ids.min() <= input_ids.max() < len(self._special):
             wrong = int(input_ids.max() if input_ids.max() >= len(self._special) else input_ids.min())
@@ -53,11 +62,13 @@ class Masker:
                 f"token id {wrong} is outside the tokenizer's vocabulary of {len(self._special)}; use the tokenizer that made the ids"
             )
         slots = self.slots(input_ids.shape[1])
+        budgets = np.full(len(input_ids), slots) if words is None else np.minimum(self.budgets(words), slots)
         eligible = ~self._special[input_ids]
         keys = uniforms(seeds, _CHOICE, input_ids.shape[1])
-        chosen = (
-            self._choose_words(input_ids, eligible, keys, slots) if self.whole_word else _smallest(np.where(eligible, keys, 2.0), slots)
-        )
+        if self.whole_word:
+            chosen = self._choose_words(input_ids, eligible, keys, budgets)
+        else:
+            chosen = _smallest(np.where(eligible, keys, 2.0), budgets, slots)
         actions = uniforms(seeds, _ACTION, input_ids.shape[1])
         picks = np.floor(uniforms(seeds, _REPLACEMENT, input_ids.shape[1]) * len(self._ordinary)).astype(np.int64)
         masked = np.where(chosen & (actions < 0.8), self.mask_id, input_ids)
@@ -66,7 +77,7 @@ class Masker:
         targets = np.where(used, np.take_along_axis(input_ids, positions, 1), IGNORED)
         return masked, positions, targets
 
-    def _choose_words(self, input_ids: np.ndarray, eligible: np.ndarray, keys: np.ndarray, slots: int) -> np.ndarray:
+    def _choose_words(self, input_ids: np.ndarray, eligible: np.ndarray, keys: np.ndarray, budgets: np.ndarray) -> np.ndarray:
         rows = np.arange(len(input_ids))
         after_special = np.concatenate([np.ones((len(rows), 1), bool), ~eligible[:, :-1]], 1)
         heads = eligible & (~self._continues[input_ids] | after_special)
@@ -77,20 +88,20 @@ class Masker:
         taken, count = np.zeros(words.shape, bool), np.zeros(len(rows), np.int64)
         for word in np.argsort(np.where(lengths > 0, keys, 2.0), axis=1).T:
             length = lengths[rows, word]
-            fits = (length > 0) & (count + length <= slots)
+            fits = (length > 0) & (count + length <= budgets)
             taken[rows, word] = fits
             count += length * fits
-            if (count == slots).all():
+            if (count == budgets).all():
                 break
         return np.take_along_axis(taken, words, 1) & eligible
 
 
 class MaskedText:
     """A Dataset of rows with hidden tokens: {"input_ids" int64 [B, S], "positions" int64 [B, P], "targets" int64 [B, P], -100 where a
-    slot is unused}, and "token_type_ids" and "pair_label" where the text has pairs. Without seeds nothing is hidden and all
-    slots are unused."""
+    slot is unused}, "token_type_ids" and "pair_label" where the text has pairs, "segments" or "attention_mask" where rows hold whole
+    documents. Without seeds nothing is hidden and all slots are unused."""
 
-    def __init__(self, text: TextSet, masker: Masker) -> None:
+    def __init__(self, text: TextSet | PackedText, masker: Masker) -> None:
         self.text, self.masker = text, masker
 
     def __len__(self) -> int:
@@ -104,16 +115,29 @@ class MaskedText:
             shape = (len(rows), self.masker.slots(rows.shape[1]))
             positions, targets = np.full(shape, rows.shape[1] - 1), np.full(shape, IGNORED)
         else:
-            rows, positions, targets = self.masker(rows, seeds)
+            rows, positions, targets = self.masker(rows, seeds, _words(batch))
         batch |= {"input_ids": torch.from_numpy(rows), "positions": torch.from_numpy(positions), "targets": torch.from_numpy(targets)}
         return batch
 
 
-def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
-    """Marks the `count` smallest keys below 1 of each row: bool, the shape of `keys`."""
-    count = min(count, keys.shape[1])
+def _words(batch: Mapping[str, torch.Tensor]) -> np.ndarray | None:
+    """Tokens of text in each row, int64 [B]; None where rows are full and hold two special tokens each."""
+    if "segments" in batch:
+        segments = batch["segments"].numpy()
+        return (segments > 0).sum(1) - SPECIAL * segments.max(1)
+    if "attention_mask" in batch:
+        return batch["attention_mask"].numpy().sum(1) - SPECIAL
+    return None
+
+
+def _smallest(keys: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
+    """Marks the `counts` [B] (at most `most`) smallest keys below 1 of each row: bool, the shape of `keys`."""
+    most = min(most, keys.shape[1])
     chosen = np.zeros(keys.shape, bool)
-    np.put_along_axis(chosen, np.argpartition(keys, count - 1, axis=1)[:, :count], True, 1)
+    places = np.argpartition(keys, most - 1, axis=1)[:, :most]
+    if (counts < most).any():
+        places = np.take_along_axis(places, np.argsort(np.take_along_axis(keys, places, 1), axis=1), 1)
+    np.put_along_axis(chosen, places, np.arange(most) < counts[:, None], 1)
     return chosen & (keys < 1.0)
 
 

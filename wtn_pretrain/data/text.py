@@ -22,8 +22,18 @@ from wtn_pretrain.data.corpus import (
     open_text_tables,
     validation_threshold,
 )
+from wtn_pretrain.data.documents import kept_runs, numbered_blocks
 from wtn_pretrain.data.hashing import uniforms
-from wtn_pretrain.data.token_store import build_once, open_tokens, save_tokenizer, write_tokens
+from wtn_pretrain.data.packing import PackedText, Packing, lay_out
+from wtn_pretrain.data.token_store import (
+    build_once,
+    documents_file,
+    open_documents,
+    open_tokens,
+    save_tokenizer,
+    tokens_file,
+    write_part,
+)
 from wtn_pretrain.data.tokenizer import load_tokenizer, train_wordpiece
 from wtn_pretrain.errors import UserError
 
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
 
 Pair = Literal["sop", "nsp"]
 
-_FORMAT = 1  # raise when the same settings and text come to give other tokens
+_FORMAT = 2  # raise when the same settings and text come to give other tokens
 _CUT, _ORDER, _OTHER = 11, 12, 13
 
 
@@ -58,6 +68,9 @@ class TextData(Section):
     """Whether a trained tokenizer lowers case and strips accents."""
     sequence_length: int = Field(default=64, ge=8)
     """Tokens in a row, [CLS] and [SEP] included."""
+    packing: Packing = "none"
+    """What a row holds. none: the running text, over the ends of documents; documents: whole documents, or pieces of longer ones, without
+    attention from one to the other; padded: one of them and padding, as others train."""
     valid_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Part of the text held out for validation where the source has none of its own."""
     limit_mb: float | None = Field(default=None, gt=0)
@@ -143,8 +156,8 @@ class TextSet:
 class TextSplits:
     """A training and a validation set with the tokenizer that made them."""
 
-    train: TextSet
-    valid: TextSet
+    train: TextSet | PackedText
+    valid: TextSet | PackedText
     tokenizer: "PreTrainedTokenizerBase"
 
 
@@ -160,7 +173,7 @@ def open_text(config: TextData, cache: Path) -> TextSplits:
     key = _key(config, train, valid, given)
     build_once(cache, key, lambda: _build(config, cache, train, valid, given))
     tokenizer = load_tokenizer(cache / "tokenizer")
-    return TextSplits(_open_set(config, cache / "train.npy", tokenizer), _open_set(config, cache / "valid.npy", tokenizer), tokenizer)
+    return TextSplits(_open_set(config, cache, "train", tokenizer), _open_set(config, cache, "valid", tokenizer), tokenizer)
 
 
 def _open_corpora(config: TextData) -> tuple[Corpus, Corpus | None]:
@@ -188,18 +201,18 @@ def _build(config: TextData, cache: Path, train: Corpus, valid: Corpus | None, g
     limit = None if config.limit_mb is None else int(config.limit_mb * 1e6)
     threshold = validation_threshold(blocks(train, limit), config.valid_fraction) if valid is None else -1
 
-    def training() -> Iterator[str]:
-        return (block for block in blocks(train, limit) if threshold < 0 or block_hash(block) > threshold)
+    def training() -> Iterator[tuple[bool, str]]:
+        return kept_runs(numbered_blocks(train, limit), lambda block: threshold < 0 or block_hash(block) > threshold)
 
-    def validating() -> Iterator[str]:
-        return (block for block in blocks(train, limit) if block_hash(block) <= threshold) if valid is None else blocks(valid)
+    def validating() -> Iterator[tuple[bool, str]]:
+        if valid is not None:
+            return kept_runs(numbered_blocks(valid), lambda block: True)
+        return kept_runs(numbered_blocks(train, limit), lambda block: block_hash(block) <= threshold)
 
-    tokenizer = train_wordpiece(_Again(training), config.vocab_size, config.lowercase) if given is None else given
-    save_tokenizer(tokenizer, cache / "tokenizer")
-    return {
-        "train": write_tokens(cache / "train.npy", training(), tokenizer),
-        "valid": write_tokens(cache / "valid.npy", validating(), tokenizer),
-    }
+    if given is None:
+        given = train_wordpiece(_Again(lambda: (text for _, text in training())), config.vocab_size, config.lowercase)
+    save_tokenizer(given, cache / "tokenizer")
+    return {"train": write_part(cache, "train", training(), given), "valid": write_part(cache, "valid", validating(), given)}
 
 
 @dataclass(frozen=True)
@@ -212,11 +225,17 @@ class _Again:
         return self.start()
 
 
-def _open_set(config: TextData, path: Path, tokenizer: "PreTrainedTokenizerBase") -> TextSet:
-    tokens = open_tokens(path, len(tokenizer))
-    found = TextSet(tokens, config.sequence_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
+def _open_set(config: TextData, cache: Path, part: str, tokenizer: "PreTrainedTokenizerBase") -> TextSet | PackedText:
+    tokens = open_tokens(tokens_file(cache, part), len(tokenizer))
+    found: TextSet | PackedText
+    if config.packing == "none":
+        found = TextSet(tokens, config.sequence_length, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    else:
+        layout = lay_out(open_documents(documents_file(cache, part), len(tokens)), config.sequence_length, config.packing)
+        special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+        found = PackedText(tokens, layout, config.sequence_length, *special, config.packing)
     if not len(found):
-        part = "training" if path.stem == "train" else "validation"
-        remedy = "give more text or lower data.sequence_length" + ("" if part == "training" else " or raise data.valid_fraction")
-        raise UserError(f"the {part} text has {len(tokens)} tokens, fewer than a row of {config.sequence_length} needs; {remedy}")
+        name = "training" if part == "train" else "validation"
+        remedy = "give more text or lower data.sequence_length" + ("" if part == "train" else " or raise data.valid_fraction")
+        raise UserError(f"the {name} text has {len(tokens)} tokens, fewer than a row of {config.sequence_length} needs; {remedy}")
     return found

@@ -1,8 +1,9 @@
-"""Token ids on disk: flat memory-mapped arrays with a key that says what they were made from."""
+"""Token ids on disk: flat memory-mapped arrays, the bounds of documents in them, and a key that says what they were made from."""
 
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -18,13 +19,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BLOCKS_AT_ONCE = 512
+_PARTS = ("train", "valid")
 
 
-def write_tokens(path: Path, texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> int:
+def tokens_file(cache: Path, part: str) -> Path:
+    """Where the ids of a part of the text (train or valid) are kept."""
+    return cache / f"{part}.npy"
+
+
+def documents_file(cache: Path, part: str) -> Path:
+    """Where the bounds of its documents are kept."""
+    return cache / f"{part}.documents.npy"
+
+
+def write_part(cache: Path, part: str, texts: Iterable[tuple[bool, str]], tokenizer: "PreTrainedTokenizerBase") -> int:
     """Writes the ids of `texts`, one after the other without special tokens, as a 1-D .npy of uint16 (uint32 where the vocabulary
-    is larger) and returns how many they are. The file appears under its name when it is complete."""
+    is larger), and beside it where documents begin, and the end: int64, strictly ascending. Returns the number of ids.
+
+    Args:
+        texts: each with whether a document begins with it. One that gives no ids is no document.
+    """
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     count = 0
+    bounds = array("q")
+    path = tokens_file(cache, part)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "wb") as stream:
 
@@ -37,13 +55,20 @@ def write_tokens(path: Path, texts: Iterable[str], tokenizer: "PreTrainedTokeniz
         start = stream.tell()
         remaining = iter(texts)
         while some := list(islice(remaining, _BLOCKS_AT_ONCE)):
-            for ids in encode(tokenizer, some):
+            for (begins, _), ids in zip(some, encode(tokenizer, [text for _, text in some]), strict=True):
+                if begins and (not bounds or bounds[-1] < count):
+                    bounds.append(count)
                 np.asarray(ids, dtype).tofile(stream)
                 count += len(ids)
         stream.flush()
         header()
         assert stream.tell() == start
     os.replace(partial, path)
+    if not bounds or bounds[-1] < count:
+        bounds.append(count)
+    with open(partial, "wb") as stream:
+        np.save(stream, np.array(bounds, np.int64))
+    os.replace(partial, documents_file(cache, part))
     return count
 
 
@@ -61,7 +86,9 @@ def read_key(cache: Path) -> str | None:
         key = json.loads((cache / "tokens.json").read_text())["key"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    complete = (cache / "tokenizer").is_dir() and all((cache / name).is_file() for name in ("train.npy", "valid.npy"))
+    complete = (cache / "tokenizer").is_dir() and all(
+        file(cache, part).is_file() for file in (tokens_file, documents_file) for part in _PARTS
+    )
     return key if complete else None
 
 
@@ -104,3 +131,18 @@ def open_tokens(path: Path, vocab_size: int) -> np.ndarray:
     if len(tokens) and int(tokens[:: max(1, len(tokens) // 100_000)].max()) >= vocab_size:
         raise UserError(f"{path}: token ids beyond the vocabulary of {vocab_size}; remove its folder to have it made again")
     return tokens
+
+
+def open_documents(path: Path, tokens: int) -> np.ndarray:
+    """Where each of the documents in a store of so many ids begins, and the end: int64 [documents + 1], strictly ascending.
+
+    Raises a UserError where the file is damaged or belongs to other ids.
+    """
+    try:
+        bounds = np.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove its folder to have it made again") from None
+    whole = bounds.ndim == 1 and bounds.dtype == np.int64 and len(bounds) and bounds[-1] == tokens and (len(bounds) == 1 or bounds[0] == 0)
+    if not whole or (np.diff(bounds) <= 0).any():
+        raise UserError(f"{path}: does not fit the {tokens} token ids beside it; remove its folder to have it made again")
+    return bounds

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.config import MobileBertLoss
+from wtn_pretrain.kernels.bridge_energy import bridge_energy
 from wtn_pretrain.models.base import Taps
 
 
@@ -24,18 +25,19 @@ class Ratio(NamedTuple):
         return self.top / self.bottom
 
 
-def energy_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Ratio:
+def energy_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, expand: Tensor | None = None, channel_axis: int = -1) -> Ratio:
     """Mean squared error over the teacher's mean square: 0 is a perfect copy, 1 what an output of zeros scores.
 
+    What E gives is never stored whole, and no gradient goes to the teacher.
+
     Args:
-        student, teacher: hidden states of one shape.
+        student, teacher: hidden states, of one shape unless `expand` is given.
         mask: bool, broadcastable to [B, S] for sequences [B, S, D]: positions that count.
+        expand: E [D, d] of the bridge between them.
+        channel_axis: the axis of their widths.
     """
-    student, teacher = student.float(), teacher.float()
-    error, energy = (student - teacher).square(), teacher.square()
-    if mask is not None:
-        error, energy = error * mask[..., None], energy * mask[..., None]
-    return Ratio(error.sum(), energy.sum().clamp_min(torch.finfo(torch.float32).tiny))
+    top, bottom = bridge_energy(student, expand, teacher, mask, channel_axis)
+    return Ratio(top.float(), bottom.float().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def mobilebert(

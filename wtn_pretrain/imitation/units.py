@@ -124,17 +124,17 @@ class Unit(nn.Module):
 
     def loss(self, student: Carry, student_taps: Taps, teacher: Carry, teacher_taps: Taps) -> Ratio:
         """How far the student's output, through E, is from the teacher's."""
-        hidden = student.hidden if self.exit is None else apply_map(self.exit.expand, student.hidden, self._axis)
-        mask = self._counted(teacher)
+        mask, expand = self._counted(teacher), None if self.exit is None else self.exit.expand
         if self._section.loss == "mobilebert" and self.index > 0:
+            hidden = student.hidden if expand is None else apply_map(expand, student.hidden, self._axis)
             return mobilebert(hidden, teacher.hidden, student_taps, teacher_taps, self._section.mobilebert, mask)
-        return energy_mse(hidden, teacher.hidden, mask)
+        return energy_mse(student.hidden, teacher.hidden, mask, expand, self._axis)
 
     @torch.no_grad()
     def error(self, student: Carry, teacher: Carry) -> Ratio:
         """Energy-normalised error, the figure that is reported whatever the training loss."""
-        hidden = student.hidden if self.exit is None else apply_map(self.exit.expand, student.hidden, self._axis)
-        return energy_mse(hidden, teacher.hidden, self._counted(teacher))
+        expand = None if self.exit is None else self.exit.expand
+        return energy_mse(student.hidden, teacher.hidden, self._counted(teacher), expand, self._axis)
 
     def _run(self, modules: Any, flow: Flow) -> tuple[Carry, Taps]:
         taps: Taps = {}

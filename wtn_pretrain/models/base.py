@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import FlopCounterMode
 
 from wtn_pretrain.config import Section
@@ -64,6 +65,14 @@ class BlockConfig(Section, ABC):
     def example_inputs(self, batch: int, device: torch.device | str, length: int | None = None) -> dict[str, Tensor]:
         """Inputs of the right shape and dtype (zeros), for counting and shape checks; `length` of sequences, None: the longest."""
 
+    def why_not_divisible(self, ranks: int, length: int | None = None) -> str | None:
+        """None where layers of this shape can be divided over so many tensor-parallel ranks, else what stands against it and the remedy.
+
+        Args:
+            length: of sequences whose positions are divided as well; None: they are not.
+        """
+        return f"a {self.family} has no tensor parallelism; set it to 1"
+
     dynamic_axes: ClassVar[dict[str, dict[int, str]]]
     """For every input of an exported network, the axes whose size is free, by name."""
 
@@ -94,6 +103,14 @@ class BlockNetwork(nn.Module, ABC):
     def counted(carry: Carry) -> Tensor | None:
         """Bool [B, S]: the positions that a loss on the hidden state counts; None where all do."""
         return None
+
+    def divide(self, group: ProcessGroup, sequence: bool) -> None:
+        """Leaves this tensor-parallel rank's part of the network, in place; its configuration must allow it (`why_not_divisible`).
+
+        Args:
+            sequence: norms and dropout work on a part of the positions each.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no tensor parallelism")
 
     @abstractmethod
     def widths(self) -> list[int]:

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from wtn_pretrain.data.stream import Dataset
+from wtn_pretrain.data.stream import BatchStream, Dataset
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops
 
 
@@ -50,6 +51,18 @@ class Task(ABC):
     def forward_flops(self, config: BlockConfig) -> Flops:
         """FLOPs of a forward pass of one training sample through a network of this shape, by part."""
 
+    def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
+        """The training batches of a stage of `steps` steps; `settings` as `BatchStream` takes them."""
+        return BatchStream(self.train, batch_size, workers=self.workers, **settings)
+
+    def step_flops(self, config: BlockConfig, step: int, steps: int) -> Flops:
+        """As `forward_flops`, for a sample of step number `step` (from 0) of `steps`."""
+        return _counted_once(self, config)
+
+    def stage_flops(self, config: BlockConfig, steps: int) -> float:
+        """FLOPs of a forward pass of one sample, in the mean over a stage of `steps` steps."""
+        return self.forward_flops(config).total
+
     @abstractmethod
     def probes(self) -> list[dict[str, Tensor]]:
         """Real validation inputs of several shapes, as an exported network takes them, to compare exports on."""
@@ -62,6 +75,12 @@ class Task(ABC):
         """Validation figures from tallied sums: `loss` per item and `metric`."""
         count = max(sums["count"], 1.0)
         return {"loss": sums["loss"] / count, "metric": 100.0 * sums["right"] / count}
+
+
+@lru_cache(maxsize=8)
+def _counted_once(task: Task, config: BlockConfig) -> Flops:
+    # asked for at every step, and counting takes a while
+    return task.forward_flops(config)
 
 
 class TaskModule(nn.Module):

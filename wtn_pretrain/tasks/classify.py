@@ -1,8 +1,9 @@
 """Image classification."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from PIL import Image
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from wtn_pretrain.config import Section
 from wtn_pretrain.data.images import ImageData, open_images
-from wtn_pretrain.data.stream import batches
+from wtn_pretrain.data.resizing import ResizedStream, side_at, steps_at
+from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.resnet.config import ResNetConfig
@@ -28,7 +30,7 @@ class ClassifySection(Section):
 
 
 class ClassifyTask(Task):
-    """Tell classes apart; the loss is the mean cross-entropy."""
+    """Tell classes apart; the loss is the mean cross-entropy with the labels, where images are mixed with both labels by their shares."""
 
     metric = Metric("top-1 accuracy", "%", True)
 
@@ -50,7 +52,20 @@ class ClassifyTask(Task):
         return config.model_copy(update=facts)
 
     def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(network(batch).float(), batch["labels"], label_smoothing=self.smoothing)}
+        logits = network(batch).float()
+        if "own_share" not in batch:
+            return {"loss": F.cross_entropy(logits, batch["labels"], label_smoothing=self.smoothing)}
+        # cross-entropy is linear in the target: no [B, classes] of probabilities is needed
+        own, partner = (
+            F.cross_entropy(logits, batch[name], label_smoothing=self.smoothing, reduction="none") for name in ("labels", "partner_labels")
+        )
+        return {"loss": partner.lerp(own, batch["own_share"]).mean()}
+
+    def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
+        """The training batches of a stage of `steps` steps, of the sides that `data.sizes` says; `settings` are those of `BatchStream`."""
+        if not self.data.sizes:
+            return BatchStream(self.train, batch_size, workers=self.workers, **settings)
+        return ResizedStream(self.splits.train, batch_size, sizes=self.data.sizes, steps=steps, workers=self.workers, **settings)
 
     def tally(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return classified(network(batch), batch["labels"])
@@ -77,3 +92,22 @@ class ClassifyTask(Task):
 
     def forward_flops(self, config: BlockConfig) -> Flops:
         return flops(config)
+
+    def step_flops(self, config: BlockConfig, step: int, steps: int) -> Flops:
+        """As `forward_flops`, for the images of step number `step` (from 0) of a stage of `steps`."""
+        return self._flops_at(config, side_at(self.data.sizes, self.splits.size, step, steps))
+
+    def stage_flops(self, config: BlockConfig, steps: int) -> float:
+        """FLOPs of a forward pass of one sample, in the mean over a stage of `steps` steps."""
+        counts = steps_at(self.data.sizes, self.splits.size, steps)
+        return sum(self._flops_at(config, side).total * count for side, count in counts.items()) / steps
+
+    @staticmethod
+    def _flops_at(config: BlockConfig, side: int) -> Flops:
+        return _counted_flops(config.model_copy(update={"image_size": side}))
+
+
+@lru_cache(maxsize=64)
+def _counted_flops(config: BlockConfig) -> Flops:
+    # asked for at every step, and counting takes a while
+    return flops(config)

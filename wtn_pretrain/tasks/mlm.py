@@ -1,5 +1,6 @@
 """Masked language modelling, with next-sentence or sentence-order prediction where the network has the head for it."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wtn_pretrain.config import Section
 from wtn_pretrain.data.masking import IGNORED, MaskedText, Masker
+from wtn_pretrain.data.packing import PackedText
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.data.text import TextData, open_text
 from wtn_pretrain.errors import UserError
@@ -32,21 +34,33 @@ class MlmSection(Section):
 
 
 class MlmTask(Task):
-    """Predict masked tokens; the loss is the mean over them, plus the pair head's if there is one."""
+    """Predict masked tokens; the loss is the mean over them, plus the pair head's if there is one.
+
+    The mean is over a micro-batch of one rank. Where rows hide different numbers of tokens (whole words, rows of whole documents), ranks
+    weigh alike all the same, as elsewhere in data parallelism.
+    """
 
     metric = Metric("masked accuracy", "%", True)
+    train: MaskedText
+    valid: MaskedText
     length: int
 
     def __init__(self, section: MlmSection, data: TextData, config: BertConfig, cache: Path) -> None:
+        if data.packing != "none" and config.pair_head != "none":
+            raise UserError(
+                f"data.packing: {data.packing} has no pairs of segments for model.pair_head {config.pair_head}; set one of them to none"
+            )
         splits = open_text(data, cache)
         self.tokenizer: PreTrainedTokenizerBase = splits.tokenizer
         masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word)
         train, valid = splits.train, splits.valid
-        if config.pair_head != "none":
+        if isinstance(train, PackedText):
+            _announce(train)
+        elif config.pair_head != "none" and not isinstance(valid, PackedText):
             train, valid = train.with_pairs(config.pair_head), valid.with_pairs(config.pair_head)
         self.train, self.valid = MaskedText(train, masker), MaskedText(valid, masker)
         self.length = data.sequence_length
-        self.predictions = max(1, round(section.mask_probability * (data.sequence_length - 2)))
+        self.predictions = masker.slots(data.sequence_length)
         self.workers = data.workers
 
     def complete(self, config: BlockConfig) -> BlockConfig:
@@ -65,10 +79,9 @@ class MlmTask(Task):
 
     def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         carry = network.features(batch)
-        logits = network.head(carry, batch["positions"])
-        targets = batch["targets"].flatten()
+        total, count = network.head.losses(carry, batch["positions"], batch["targets"], IGNORED)
         # whole words may leave a batch without a single target: a loss of zero then, not zero by zero
-        masked = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum") / (targets != IGNORED).sum().clamp_min(1)
+        masked = total / count.clamp_min(1)
         if "pair_label" not in batch:
             return {"loss": masked}
         pair = F.cross_entropy(network.head.pair_logits(carry).float(), batch["pair_label"])
@@ -81,8 +94,12 @@ class MlmTask(Task):
         return {"positions": batch["positions"]}
 
     def probes(self) -> list[dict[str, Tensor]]:
-        ids = torch.cat([batch["input_ids"] for batch in [next(batches(self.valid, 8))]])
-        mask = torch.ones_like(ids)
+        batch = next(batches(self.valid, 8))
+        ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+        if "segments" in batch:
+            # an exported network takes documents one by one
+            mask = (batch["segments"] == 1).long()
+        mask = batch.get("attention_mask", mask)
         probes = []
         for count, length in ((1, 7), (3, self.length), (len(ids), max(7, self.length // 2))):
             part, kept = ids[:count, :length].clone(), mask[:count, :length].clone()
@@ -95,5 +112,29 @@ class MlmTask(Task):
         self.tokenizer.save_pretrained(folder)
 
     def forward_flops(self, config: BlockConfig) -> Flops:
-        positions = torch.zeros(1, self.predictions, dtype=torch.long, device="meta")
-        return flops(config, self.length, positions=positions)
+        """Of what the training asks for: where rows hold whole documents, the mean over all rows, without padding and without attention
+        from one document to another, whatever a kernel computes beside that."""
+        text = self.train.text
+        if not isinstance(text, PackedText):
+            return flops(config, self.length, positions=torch.zeros(1, self.predictions, dtype=torch.long, device="meta"))
+        layout = text.layout
+        tokens, pairs = float(layout.tokens().mean()), float(layout.pairs().mean())
+        predicted = float(self.train.masker.budgets(layout.words()).mean())
+        # a block's work is a n + b n^2 for n tokens, and the head's proportional to the positions
+        positions = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        one, two = (flops(config, length, positions=positions) for length in (1, 2))
+        blocks = []
+        for single, double in zip(one.blocks, two.blocks, strict=True):
+            quadratic = (double - 2 * single) / 2
+            blocks.append(round((single - quadratic) * tokens + quadratic * pairs))
+        return Flops(one.stem, tuple(blocks), round(one.head * predicted))
+
+
+def _announce(text: PackedText) -> None:
+    """Says once, on the first rank, how full the rows are."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        pieces, rows = len(text.layout.starts), len(text)
+        print(
+            f"data: {pieces} documents or pieces of them in {rows} rows of {text.sequence_length} tokens, {text.padding():.1%} padding",
+            file=sys.stderr,
+        )

@@ -1,6 +1,6 @@
 """The keys of a training stage."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,8 @@ class OptimizerSection(Section):
     """Nesterov momentum (sgd)."""
     trust: float = Field(0.001, gt=0)
     """Trust coefficient (lars)."""
+    cpu_kernel: Literal["torch", "deepspeed"] = "torch"
+    """Of an adamw that ZeRO offloads to the CPU: torch's fused kernel, or DeepSpeed's CPUAdam, compiled at first use (two minutes)."""
 
 
 class ScheduleSection(Section):
@@ -58,10 +60,22 @@ class TrainSection(Section):
     schedule: ScheduleSection = ScheduleSection()
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bfloat16 under autocast; weights and optimizer stay fp32."""
+    precision: Literal["fp32", "bf16", "bf16_weights", "fp16"] = "fp32"
+    """bf16: products in bfloat16 under autocast, weights fp32; bf16_weights, fp16: rounded weights, fp32 masters (fp16: loss scaling)."""
+    tf32: bool = False
+    """Let a GPU round the inputs of fp32 matrix products and convolutions to TensorFloat-32; no effect on devices without it."""
     deepspeed: str = "ds_configs/zero0.json"
     """DeepSpeed configuration: what is DeepSpeed's own (ZeRO stage, offload, communication)."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Ranks among which every layer is divided (Megatron's tensor parallelism); the others see other samples."""
+    sequence_parallel: bool = False
+    """Divide the positions as well between those layers, for norms and dropout: less memory for activations. With tensor_parallel."""
+    checkpoint_activations: bool | Annotated[int, Field(ge=1)] = False
+    """Compute activations anew in the backward pass instead of keeping them: true in every block, N in every N-th."""
+    compile: bool = False
+    """Compile the blocks (torch.compile); the first step takes a minute or more."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then what is evaluated and kept; 0: none."""
     evaluate_every: int = Field(0, ge=0)
     """Steps between validations; 0: only at the end."""
     checkpoint_every: int = Field(0, ge=0)
@@ -69,8 +83,23 @@ class TrainSection(Section):
     log_every: int = Field(20, ge=1)
     """Steps between log records."""
 
+    @property
+    def products(self) -> Literal["fp32", "tf32", "bf16", "fp16"]:
+        """In which precision a GPU multiplies."""
+        if self.precision == "fp16":
+            return "fp16"
+        return "bf16" if self.precision != "fp32" else "tf32" if self.tf32 else "fp32"
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel divides positions over the ranks of tensor_parallel, which is 1; raise that or turn it off")
+        if self.ema and self.tensor_parallel > 1:
+            raise ValueError("ema keeps averages of whole layers, which tensor_parallel divides; use one of the two")
+        if self.ema and self.precision in ("bf16_weights", "fp16"):
+            raise ValueError(
+                f"ema averages fp32 weights, which the network does not have under precision {self.precision}; use bf16 or fp32"
+            )
         return self

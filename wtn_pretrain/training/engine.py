@@ -5,12 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from wtn_pretrain.device import allow_tf32, hardware, supports_fp16
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
+from wtn_pretrain.parallel.tensor import whole as whole_of
+from wtn_pretrain.training.activations import checkpoint_blocks
+from wtn_pretrain.training.compilation import compile_blocks
 from wtn_pretrain.training.config import OptimizerSection, TrainSection
-from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
+from wtn_pretrain.training.monitor import say
+from wtn_pretrain.training.offload import check_offload, offloads, require_compiler
+from wtn_pretrain.training.optimizers import decay_groups, follow_layers, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,14 +53,49 @@ def deepspeed_config(section: TrainSection, stage: str, world_size: int, accumul
             # DeepSpeed clips at 1.0 unless told otherwise
             "gradient_clipping": (f"{stage}.clip", section.clip),
         },
+        follows_layers=True,
     )
+    level = tree["zero_optimization"].get("stage", 0)
+    if level == 3 and section.tensor_parallel > 1:
+        raise UserError(
+            f"{stage}.tensor_parallel: {section.deepspeed} is ZeRO 3, which would divide layers that are divided already; "
+            "use ds_configs/zero2.json, or tensor_parallel 1"
+        )
+    if level == 3:
+        for key, wanted in (("compile", section.compile), ("ema", section.ema)):
+            if wanted:
+                raise UserError(
+                    f"{stage}.{key}: needs whole layers, and {section.deepspeed} is ZeRO 3; use ds_configs/zero2.json, or turn it off"
+                )
     if section.precision == "bf16":
         tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif section.precision == "bf16_weights":
+        if level == 0:
+            raise UserError(
+                f"{stage}.precision: bf16_weights would add up gradients in bf16 under ZeRO 0, which {section.deepspeed} is; "
+                "use ds_configs/zero1.json or above, or precision bf16"
+            )
+        tree["bf16"] = {"enabled": True}
+        tree.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    elif section.precision == "fp16":
+        if not supports_fp16():
+            raise UserError(f"{stage}.precision: fp16 is not supported on this device ({hardware()}); use bf16 or fp32")
+        if level == 0:
+            # DeepSpeed 0.19.8 divides gradients there by a scale that it has never multiplied the loss with
+            raise UserError(f"{stage}.precision: fp16 needs ZeRO 1 or above for its loss scaling; use ds_configs/zero1.json, or bf16")
+        # loss_scale 0: found by trying, from 2 ** 16 on
+        tree["fp16"] = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2, **tree.get("fp16", {})}
+        tree["fp16"]["enabled"] = True
     return tree
 
 
-def filled_config(name: str, stage: str, optimizer: OptimizerSection, ours: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+def filled_config(
+    name: str, stage: str, optimizer: OptimizerSection, ours: dict[str, tuple[str, Any]], follows_layers: bool = False
+) -> dict[str, Any]:
     """The DeepSpeed file `name` with the numbers of the run's configuration: DeepSpeed's key -> (our key, value).
+
+    Args:
+        follows_layers: the engine is started by `start_engine`, or `follow_layers` is called for it.
 
     Raises:
         UserError: the file repeats one of them with another value, or combines what does not work.
@@ -64,18 +106,15 @@ def filled_config(name: str, stage: str, optimizer: OptimizerSection, ours: dict
             raise UserError(f"{name}: {key} {tree[key]} contradicts {own}, which gives {value}; remove it from the file")
         tree[key] = value
     for key in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "amp"):
-        if key in tree:
+        # how losses are scaled is DeepSpeed's own, whether they are is not
+        if key in tree and (key != "fp16" or "enabled" in tree[key]):
             raise UserError(f"{name}: {key} belongs in {stage}.{_HOME.get(key, 'precision')}; remove it from the file")
     zero = tree.setdefault("zero_optimization", {"stage": 0})
-    level = zero.get("stage", 0)
-    if optimizer.name in ("lamb", "lars") and level > 0:
-        raise UserError(
-            f"{stage}.optimizer.name: {optimizer.name} needs whole layers and {name} is ZeRO {level}, "
-            "which partitions them; use ds_configs/zero0.json, or adamw or sgd"
-        )
+    check_offload(zero, name)
+    _check_optimizer(optimizer, f"{stage}.optimizer", zero, name, follows_layers)
     tree.setdefault("zero_allow_untested_optimizer", True)
-    if "offload_optimizer" in zero:
-        # the optimizer is torch's: it steps where its state lies
+    if offloads(zero):
+        # the optimizer is torch's unless DeepSpeed's is asked for: it steps where its state lies
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
     tree.setdefault("steps_per_print", 10**9)
     tree.setdefault("wall_clock_breakdown", False)
@@ -85,35 +124,114 @@ def filled_config(name: str, stage: str, optimizer: OptimizerSection, ours: dict
 _HOME = {"optimizer": "optimizer", "scheduler": "schedule"}
 
 
-def start_engine(module: nn.Module, section: TrainSection, stage: str, world_size: int, accumulation: int) -> Any:
-    """`deepspeed.initialize` for `module`, with the section's optimizer. The learning rate is set by the caller, step by step."""
+def _check_optimizer(optimizer: OptimizerSection, key: str, zero: dict[str, Any], name: str, follows_layers: bool) -> None:
+    level = zero.get("stage", 0)
+    if optimizer.name in ("lamb", "lars") and level > 0 and not follows_layers:
+        raise UserError(
+            f"{key}.name: {optimizer.name} needs whole layers and {name} is ZeRO {level}, "
+            "which partitions them; use ds_configs/zero0.json, or adamw or sgd"
+        )
+    if optimizer.name != "adamw" and zero.get("offload_optimizer", {}).get("ratio", 1) != 1:
+        raise UserError(
+            f"{name}: with an offload_optimizer.ratio DeepSpeed steps the rest with AdamW, and {key}.name is {optimizer.name}; set it to 1"
+        )
+    if optimizer.cpu_kernel == "deepspeed":
+        if optimizer.name != "adamw" or not follows_layers:
+            raise UserError(f"{key}.cpu_kernel: DeepSpeed's is an adamw of the stages wide, finetune and scratch; use torch")
+        if not offloads(zero):
+            raise UserError(
+                f"{key}.cpu_kernel: DeepSpeed's steps an offloaded optimizer, and {name} does not offload it; "
+                "use ds_configs/zero2_offload.json, or torch"
+            )
+        require_compiler(f"{key}.cpu_kernel: DeepSpeed's")
+
+
+def start_engine(module: nn.Module, section: TrainSection, stage: str, world_size: int, accumulation: int, mpu: Any = None) -> Any:
+    """`deepspeed.initialize` for `module`, which has a `network` of blocks, with the section's optimizer.
+
+    The learning rate is set by the caller, step by step. `mpu`: where this rank stands among data and tensor ranks.
+    """
     import deepspeed
 
     config = deepspeed_config(section, stage, world_size, accumulation)
+    zero = config["zero_optimization"]
+    network = module.network
+    assert isinstance(network, BlockNetwork)
+    if section.precision in ("bf16_weights", "fp16") and any(buffer.is_floating_point() for buffer in network.buffers()):
+        raise UserError(
+            f"{stage}.precision: {section.precision} would round the statistics of a {network.config.family}'s batch norms; use bf16"
+        )
+    allow_tf32(section.tf32)
     if world_size > 1:
         synchronise_batch_norm(module)
-    optimizer = make_optimizer(section.optimizer, decay_groups(module.parameters(), section.optimizer.weight_decay))
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if section.compile:
+        say(f"{stage}: compiling the blocks, so the first step takes a minute or more")
+        compile_blocks(network)
+    if section.checkpoint_activations:
+        checkpoint_blocks(network, int(section.checkpoint_activations), reentrant=zero.get("stage", 0) == 3)
+    if section.optimizer.cpu_kernel == "deepspeed":
+        say(f"{stage}: DeepSpeed's CPUAdam steps the offloaded optimizer; its first use compiles for two minutes")
+    groups = decay_groups(module.parameters(), section.optimizer.weight_decay)
+    optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
+    follow_layers(engine, optimizer)
     return engine
 
 
-def gathered_state(engine: Any, module: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The whole fp32 state of `module` on rank 0 (None elsewhere), whatever the ZeRO stage. Every rank must call it."""
+def gradient_norm(engine: Any) -> float | Tensor | None:
+    """The norm of the gradients of all ranks' samples, before clipping; to be asked after the last backward pass and before the step.
+
+    None where DeepSpeed computes it as it steps: `engine.get_global_grad_norm()` gives it then.
+    """
+    if engine.zero_optimization_stage() > 0 or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return None
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    groups = [getattr(parameter, "tensor_parallel_group", None) for parameter in parameters]
+    shared, divided = (
+        [parameter.grad for parameter, group in zip(parameters, groups, strict=True) if (group is not None) is wanted]
+        for wanted in (False, True)
+    )
+    square = torch.nn.utils.get_total_norm(shared).square()
+    if divided:
+        parts = torch.nn.utils.get_total_norm(divided).square()
+        torch.distributed.all_reduce(parts, group=next(group for group in groups if group is not None))
+        square = square + parts
+    return square.sqrt()
+
+
+def gathered_state(engine: Any, module: nn.Module) -> dict[str, Tensor] | None:
+    """The whole fp32 state of `module` on rank 0 (None elsewhere), whatever ZeRO stage and precision. Every rank must call it."""
     import deepspeed
     import deepspeed.comm as dist
 
-    if engine.zero_optimization_stage() < 3:
-        return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()} if dist.get_rank() == 0 else None
-    state = {}
-    # one module at a time: the whole network need not fit on one device
-    for prefix, part in module.named_modules():
-        own = dict(part.named_parameters(recurse=False))
-        with deepspeed.zero.GatheredParameters(list(own.values())):
-            if dist.get_rank() == 0:
-                dot = f"{prefix}." if prefix else ""
-                state.update({f"{dot}{name}": value.detach().cpu().clone() for name, value in own.items()})
-                buffers = {name for name in part._buffers if name not in part._non_persistent_buffers_set}
-                state.update(
-                    {f"{dot}{name}": part._buffers[name].detach().cpu().clone() for name in buffers if part._buffers[name] is not None}
-                )
-    return state if dist.get_rank() == 0 else None
+    keep = dist.get_rank() == 0
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    state = dict(module.state_dict(keep_vars=True))
+    found: dict[str, Tensor] = {}
+    # one parameter at a time: the whole network need not fit on one device
+    for name, value in state.items():
+        if not isinstance(value, nn.Parameter):
+            whole = value
+        elif names[value] != name:
+            # tied: gathered once
+            continue
+        elif value.dtype != torch.float32:
+            whole = whole_of(value, _master(value))
+        elif engine.zero_optimization_stage() == 3:
+            with deepspeed.zero.GatheredParameters([value]):
+                whole = value.detach().clone()
+        else:
+            whole = whole_of(value)
+        if keep:
+            found[name] = whole.detach().float().cpu().clone() if whole.is_floating_point() else whole.detach().cpu().clone()
+    # who saves them wants tied weights apart
+    return {name: found[name] if name in found else found[names[value]].clone() for name, value in state.items()} if keep else None
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """The fp32 weights of which a network's `parameter` is a rounded copy."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole = safe_get_full_fp32_param(parameter)
+    assert whole is not None
+    return whole

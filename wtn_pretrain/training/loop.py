@@ -1,10 +1,9 @@
 """The training loop of stages 1 and 3."""
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,20 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wtn_pretrain.data.stream import BatchStream, batches
-from wtn_pretrain.device import device, to_device
+from wtn_pretrain.data.prefetch import on_device
+from wtn_pretrain.data.stream import batches
+from wtn_pretrain.device import device, peak_flops, peak_memory, to_device
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.tasks.base import Task, TaskModule
+from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints
 from wtn_pretrain.training.config import TrainSection
-from wtn_pretrain.training.engine import gathered_state, start_engine
-from wtn_pretrain.training.monitor import Monitor
+from wtn_pretrain.training.ema import Average
+from wtn_pretrain.training.engine import gathered_state, gradient_norm, start_engine
+from wtn_pretrain.training.monitor import Monitor, Work
 from wtn_pretrain.training.schedules import scale
-
-WRITTEN_BY = "layout.json"
-"""Beside the checkpoints: by how many ranks and under which ZeRO stage they were written, since DeepSpeed resumes under the same only."""
 
 
 class Trained(NamedTuple):
@@ -46,52 +45,101 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def train(network: BlockNetwork, task: Task, section: TrainSection, *, stage: str, folder: Path, seed: int, place: Place) -> Trained:
     """Trains `network` on `task` through DeepSpeed, continuing from the newest checkpoint in `folder` if there is one."""
-    stream = BatchStream(
-        task.train,
+    grid = Grid(place, section.tensor_parallel, f"{stage}.tensor_parallel")
+    stream = task.stream(
         section.batch_size,
+        steps=section.steps,
         seed=seed,
         micro_batch_size=section.micro_batch_size or None,
-        rank=place.rank,
-        world_size=place.world_size,
-        workers=task.workers,
+        rank=grid.data_index,
+        world_size=grid.data_count,
     )
+    if grid.tensor_group is not None:
+        network.divide(grid.tensor_group, section.sequence_parallel)
     module = TaskModule(network, task).to(device())
-    engine = start_engine(module, section, stage, place.world_size, stream.accumulation)
-    checkpoints = folder / "checkpoints"
-    start, spent = _resume(engine, checkpoints, stage, place)
+    engine = start_engine(module, section, stage, grid.data_count, stream.accumulation, mpu=grid if section.tensor_parallel > 1 else None)
+    average = Average(network, section.ema) if section.ema else None
+    identity: dict[str, int | str] = {
+        "stage": stage,
+        "seed": seed,
+        "samples": len(task.train),
+        "batch_size": section.batch_size,
+        "optimizer": section.optimizer.name,
+    }
+    beside = {"average": average} if average else {}
+    checkpoints = Checkpoints(folder / "checkpoints", engine, network, place, identity=identity, beside=beside)
+    start, spent = checkpoints.resume()
     every = section.checkpoint_every or max(1, section.steps // 10)
-    monitor = Monitor(folder, stage, section.steps, start=start, log_every=section.log_every, rank=place.rank)
+    work = Work(place.world_size, task.length or 0, peak_flops(section.products), peak_memory)
+    monitor = Monitor(folder, stage, section.steps, start=start, log_every=section.log_every, rank=place.rank, work=work)
     began = time.monotonic()
     engine.train()
-    for step, micro_batches in enumerate(stream.iterate(start, section.steps), start=start):
+    for step, micro_batches in enumerate(on_device(stream.iterate(start, section.steps)), start=start):
         rate = section.optimizer.lr * scale(section.schedule, step, section.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(step_seed(seed, step, place.rank))
-        sums: dict[str, Tensor] = {}
-        for batch in micro_batches:
-            losses = engine(to_device(batch))
-            engine.backward(losses["loss"])
-            engine.step()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / stream.accumulation
+        # the ranks of a tensor group draw alike
+        torch.manual_seed(step_seed(seed, step, grid.data_index))
         done = step + 1
         saving = done % every == 0 and done < section.steps
-        if saving or done % section.log_every == 0 or done == section.steps:
+        telling = done % section.log_every == 0 or done == section.steps
+        sums: dict[str, Tensor] = {}
+        norm = None
+        for number, batch in enumerate(micro_batches, start=1):
+            losses = engine(to_device(batch))
+            engine.backward(losses["loss"])
+            if telling and number == stream.accumulation:
+                norm = gradient_norm(engine)
+            _step(engine, stage, done)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / stream.accumulation
+        if average is not None and engine.was_step_applied():
+            average.update()
+        if saving or telling:
             sums = _mean_over_ranks(sums)
-            _require_finite(sums["loss"], stage, done, checkpoints)
-        monitor.step(done, {**sums, "lr": rate}, samples=section.batch_size)
+            _require_finite(sums["loss"], stage, done, checkpoints.folder)
+        told = _told(engine, norm) if telling else {}
+        # a backward pass costs twice a forward pass
+        flops = 3 * task.step_flops(network.config, step, section.steps).total * section.batch_size
+        monitor.step(done, {**sums, "lr": rate, **told}, samples=section.batch_size, flops=flops)
         if section.evaluate_every and done % section.evaluate_every == 0 and done < section.steps:
-            monitor.evaluated(done, _evaluate(engine, task, place))
+            with average.swap() if average else nullcontext():
+                monitor.evaluated(done, _evaluate(engine, task, grid))
         if saving:
-            _save(engine, checkpoints, done, spent + time.monotonic() - began, place)
+            saved = checkpoints.save(done, spent + time.monotonic() - began)
+            monitor.event("checkpoint", step=done, **saved._asdict())
     spent += time.monotonic() - began
-    score = _evaluate(engine, task, place)
+    with average.swap() if average else nullcontext():
+        score = _evaluate(engine, task, grid)
+        state = gathered_state(engine, network)
     monitor.evaluated(section.steps, score)
+    checkpoints.close()
     monitor.close()
-    state = gathered_state(engine, network)
     engine.destroy()
     return Trained(state, score, spent)
+
+
+def _step(engine: Any, stage: str, step: int) -> None:
+    try:
+        engine.step()
+    except Exception as error:
+        # DeepSpeed's own words, for which it has no type of its own
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise UserError(
+            f"{stage}: gradients overflow in fp16 at step {step} at every loss scale; use {stage}.precision bf16 or a lower learning rate"
+        ) from None
+
+
+def _told(engine: Any, norm: float | Tensor | None) -> dict[str, Any]:
+    """What a record says of the step that `engine` has just taken, beside the loss; `norm`: of the gradients, if it is known already."""
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    told: dict[str, Any] = {} if norm is None else {"grad_norm": float(norm)}
+    if engine.fp16_enabled():
+        told["loss_scale"] = engine.optimizer.loss_scale
+    if engine.fp16_enabled() or engine.skipped_steps:
+        told["skipped"] = engine.skipped_steps
+    return told
 
 
 def _mean_over_ranks(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,13 +161,13 @@ def _require_finite(loss: Tensor, stage: str, step: int, checkpoints: Path) -> N
         )
 
 
-def _evaluate(engine: Any, task: Task, place: Place, batch_size: int = 256) -> dict[str, float]:
+def _evaluate(engine: Any, task: Task, grid: Grid, batch_size: int = 256) -> dict[str, float]:
     """Validation over all ranks: each takes every n-th batch, and all take equally many (ZeRO-3 gathers together)."""
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     with torch.no_grad():
-        rounds = math.ceil(math.ceil(len(task.valid) / batch_size) / place.world_size)
-        mine = batches(task.valid, batch_size, place.rank, place.world_size)
+        rounds = math.ceil(math.ceil(len(task.valid) / batch_size) / grid.data_count)
+        mine = batches(task.valid, batch_size, grid.data_index, grid.data_count)
         batch: dict[str, Tensor] | None = None
         for _ in range(rounds):
             own = next(mine, None)
@@ -129,42 +177,8 @@ def _evaluate(engine: Any, task: Task, place: Place, batch_size: int = 256) -> d
             if own is not None:
                 sums += torch.stack([tally[name].double().cpu() for name in ("loss", "right", "count")])
     engine.train()
-    if place.world_size > 1:
+    if grid.data_count > 1:
         shared = sums.to(device())
-        dist.all_reduce(shared)
+        dist.all_reduce(shared, group=grid.data_group)
         sums = shared.cpu()
     return task.score(dict(zip(("loss", "right", "count"), sums.tolist(), strict=True)))
-
-
-def _save(engine: Any, checkpoints: Path, step: int, seconds: float, place: Place) -> None:
-    if place.rank == 0:
-        write_text(checkpoints / WRITTEN_BY, json.dumps({"ranks": place.world_size, "zero": engine.zero_optimization_stage()}))
-    try:
-        engine.save_checkpoint(str(checkpoints), tag=f"step{step}", client_state={"step": step, "seconds": seconds})
-    except OSError as error:
-        raise UserError(
-            f"{checkpoints}: checkpoint of step {step} cannot be written ({error.strerror}); free the disk and start again"
-        ) from None
-    if place.rank == 0:
-        old = sorted(checkpoints.glob("step*"), key=lambda path: int(path.name.removeprefix("step")))[:-2]
-        for path in old:
-            shutil.rmtree(path)
-
-
-def _resume(engine: Any, checkpoints: Path, stage: str, place: Place) -> tuple[int, float]:
-    if not (checkpoints / "latest").exists():
-        return 0, 0.0
-    now = {"ranks": place.world_size, "zero": engine.zero_optimization_stage()}
-    try:
-        then = json.loads((checkpoints / WRITTEN_BY).read_text(encoding="utf-8"))
-        if then == now:
-            _, client = engine.load_checkpoint(str(checkpoints))
-            return int(client["step"]), float(client["seconds"])
-    except Exception as error:  # DeepSpeed and torch raise many kinds for a damaged file
-        raise UserError(
-            f"{checkpoints}: the newest checkpoint cannot be read ({type(error).__name__}); remove the folder to start {stage} again"
-        ) from None
-    raise UserError(
-        f"{checkpoints}: written by {then['ranks']} ranks under ZeRO {then['zero']}, and this run has {now['ranks']} under "
-        f"ZeRO {now['zero']}; start it as before, or remove the folder to start {stage} again"
-    )

@@ -5,11 +5,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -19,6 +19,18 @@ from wtn_pretrain.files import write_text
 METRICS = "metrics.jsonl"
 SETTLE = 5  # steps left out of the rate: they pay for compilation, allocation and cold caches
 RESERVED = {"time", "stage", "step", "kind"}
+
+
+class Work(NamedTuple):
+    """What a stage's pace is told in, beside samples a second."""
+
+    ranks: int = 1
+    tokens: int = 0
+    """Of one sample; 0 where samples are no sequences."""
+    peak: float | None = None
+    """FLOP/s that the device of a rank promises; None: not known."""
+    memory: Callable[[], int] | None = None
+    """Bytes: the most that this rank has held."""
 
 
 class Monitor:
@@ -40,6 +52,7 @@ class Monitor:
         rank: int = 0,
         tensorboard: bool = True,
         title: str | None = None,
+        work: Work | None = None,
     ) -> None:
         if log_every < 1:
             raise UserError(f"log_every {log_every}: give a number of steps of at least 1")
@@ -67,13 +80,16 @@ class Monitor:
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
             self._bar = tqdm(total=steps, initial=start, desc=self._title, bar_format=shape, dynamic_ncols=True, file=sys.stderr)
-        self._samples = 0  # since `_begin`, as are `_counted` steps and `_paused` seconds of validation
+        self._work = work or Work()
+        self._settled = False
+        self._samples = 0  # since `_begin`, as are `_flops`, `_counted` steps and `_paused` seconds of validation
+        self._flops = 0.0
         self._counted = 0
         self._paused = 0.0
         self._begin = self._last = time.perf_counter()
 
-    def step(self, step: int, scalars: Mapping[str, Any], samples: int) -> None:
-        """Report training step `step` (from 1), which took `samples` samples over all ranks.
+    def step(self, step: int, scalars: Mapping[str, Any], samples: int, flops: float = 0.0) -> None:
+        """Report training step `step` (from 1), which took `samples` samples and `flops` of the model over all ranks.
 
         `scalars` holds numbers, 0-dim tensors, strings such as `phase`, and `units`: the imitation error of each block, a
         list or a 1-dim tensor. Tensors are read only at the steps that are written, so other steps do not wait for the device.
@@ -82,13 +98,15 @@ class Monitor:
             return
         self._step, self._last = step, time.perf_counter()
         self._samples += samples
+        self._flops += flops
         self._counted += 1
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % self._log_every == 0 or step == self._steps:
             self._log(step, {name: _plain(value) for name, value in scalars.items()})
         if step == self._start + SETTLE:
-            self._begin, self._samples, self._counted, self._paused = time.perf_counter(), 0, 0, 0.0
+            self._settled, self._begin = True, time.perf_counter()
+            self._samples, self._flops, self._counted, self._paused = 0, 0.0, 0, 0.0
 
     def evaluated(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Report a validation result after training step `step`; the time it took is left out of the training rate."""
@@ -130,17 +148,30 @@ class Monitor:
     def _log(self, step: int, values: dict[str, Any]) -> None:
         elapsed = time.perf_counter() - self._begin
         if self._counted and elapsed > self._paused:
-            values["rate"] = round(self._samples / (elapsed - self._paused), 3)
+            values |= self._pace(elapsed - self._paused)
+        if self._work.memory is not None:
+            values["memory"] = self._work.memory()
         self._write("train", step, values)
         self._chart("", step, values)
-        rate = f"{_short(values['rate'])} samples/s" if "rate" in values else ""
-        told = ", ".join(part for part in (_headline(values), rate) if part)
+        told = ", ".join(part for part in (_headline(values), *_figures(values)) if part)
         if self._bar is not None:
             self._bar.set_postfix_str(told)
             return
         left = elapsed / self._counted * (self._steps - step) if self._counted else math.nan
         ending = f", {tqdm.format_interval(left)} left" if math.isfinite(left) else ""
         self._tell(f"{self._title} {step}/{self._steps} {told}{ending}")
+
+    def _pace(self, seconds: float) -> dict[str, float]:
+        """Figures of the steps since `_begin`, which took so many seconds; what the first steps do says nothing of FLOPs."""
+        pace = {"rate": round(self._samples / seconds, 3)}
+        if self._work.tokens:
+            pace["tokens_rate"] = round(self._samples * self._work.tokens / seconds, 1)
+        if self._flops and self._settled:
+            # of the model alone: what is computed twice counts once
+            pace["flops_rate"] = self._flops / seconds / self._work.ranks
+            if self._work.peak:
+                pace["mfu"] = round(pace["flops_rate"] / self._work.peak, 4)
+        return pace
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         taken = RESERVED & values.keys()
@@ -234,6 +265,25 @@ def _headline(values: Mapping[str, Any]) -> str:
         return f"loss {_short(values['loss'])}"
     units = [unit for unit in values.get("units") or [] if isinstance(unit, int | float) and math.isfinite(unit)]
     return f"error {_short(sum(units) / len(units))}" if units else ""
+
+
+def _figures(values: Mapping[str, Any]) -> list[str]:
+    """How it learns and how fast, as far as it is known."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+    told = [
+        f"{name} {_short(numbers[key])}" for name, key in (("lr", "lr"), ("norm", "grad_norm"), ("scale", "loss_scale")) if key in numbers
+    ]
+    if numbers.get("skipped"):
+        told.append(f"{numbers['skipped']:.0f} skipped")
+    if "rate" in numbers:
+        told.append(f"{_short(numbers['rate'])} samples/s")
+    if "tokens_rate" in numbers:
+        told.append(f"{_short(numbers['tokens_rate'])} tokens/s")
+    if "flops_rate" in numbers:
+        told.append(f"{_short(numbers['flops_rate'] / 1e12)} TFLOP/s" + (f" (MFU {numbers['mfu']:.2f})" if "mfu" in numbers else ""))
+    if "memory" in numbers:
+        told.append(f"{numbers['memory'] / 2**30:.2f} GiB")
+    return told
 
 
 def _short(value: float) -> str:

@@ -1,21 +1,36 @@
 """Optimizers: torch's AdamW and SGD, and LAMB and LARS in plain torch, since DeepSpeed's LAMB has no CPU op and torch has neither."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wtn_pretrain.training.config import OptimizerSection
+from wtn_pretrain.training.layers import Layers, layers_of
 
 
-class Lamb(Optimizer):
-    """LAMB (You et al. 2020, algorithm 2): Adam's direction, scaled layer by layer to the norm of the weights.
+class LayerwiseOptimizer(Optimizer):
+    """An optimizer that scales the update of each layer by the layer's norm. Groups without weight decay (biases, norms) are not scaled.
 
-    Groups without weight decay (biases, norms) are not scaled, as in the authors' code.
-    Needs whole layers: the trust ratio of a partition is another number, so it must not run under ZeRO 1 and above.
+    Under ZeRO it steps partitions: `follow_layers` says which layers lie in them, and without that they are refused.
     """
+
+    layers = Layers()
+
+    def _scale(self, parameters: list[Tensor], updates: list[Tensor], coefficient: float = 1.0) -> None:
+        """Multiplies every layer's update by `coefficient` x |weights| / |update|; by `coefficient` alone where one of them is zero."""
+        if any(parameter.dim() < 2 for parameter in parameters) and self.layers is LayerwiseOptimizer.layers:
+            raise RuntimeError(f"{type(self).__name__} was given a partition and not told which layers it holds")
+        weights, lengths = self.layers.norms(parameters, (parameters, updates))
+        ratios = torch.where((weights > 0) & (lengths > 0), weights / lengths, torch.ones_like(weights))
+        self.layers.scale(parameters, updates, ratios * coefficient)
+
+
+class Lamb(LayerwiseOptimizer):
+    """LAMB (You et al. 2020, algorithm 2): Adam's direction with bias correction, scaled layer by layer to the norm of the weights."""
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -24,29 +39,34 @@ class Lamb(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure else None
         for group in self.param_groups:
+            parameters, gradients = _learning(group)
+            if not parameters:
+                continue
             first, second = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
+            states = [self.state[parameter] for parameter in parameters]
+            for parameter, state in zip(parameters, states, strict=True):
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
                 state["step"] += 1
-                mean = state["exp_avg"].lerp_(parameter.grad, 1 - first)
-                square = state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - second)
-                update = mean / (1 - first ** state["step"]) / ((square / (1 - second ** state["step"])).sqrt() + group["eps"])
-                if group["weight_decay"]:
-                    update += group["weight_decay"] * parameter
-                    update *= _trust_ratio(parameter, update)
-                parameter.sub_(update, alpha=group["lr"])
+            means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            torch._foreach_lerp_(means, gradients, 1 - first)
+            torch._foreach_mul_(squares, second)
+            torch._foreach_addcmul_(squares, gradients, gradients, 1 - second)
+            lengths = torch._foreach_sqrt(squares)
+            torch._foreach_div_(lengths, [math.sqrt(1 - second ** state["step"]) for state in states])
+            torch._foreach_add_(lengths, group["eps"])
+            updates = list(torch._foreach_div(means, lengths))
+            torch._foreach_div_(updates, [1 - first ** state["step"] for state in states])
+            del lengths
+            if group["weight_decay"]:
+                torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+                self._scale(parameters, updates)
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
         return loss
 
 
-class Lars(Optimizer):
-    """LARS (You et al. 2017): SGD with momentum, each layer's rate scaled by trust x |weights| / |gradient + decay|.
-
-    Groups without weight decay (biases, norms) are not scaled. Needs whole layers, as LAMB does.
-    """
+class Lars(LayerwiseOptimizer):
+    """LARS (You et al. 2017): SGD with momentum, each layer's rate scaled by trust x |weights| / |gradient + decay|."""
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
@@ -55,24 +75,33 @@ class Lars(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure else None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad
-                if group["weight_decay"]:
-                    update = update + group["weight_decay"] * parameter
-                    update = update * (_trust_ratio(parameter, update) * group["trust"])
-                state = self.state[parameter]
+            parameters, updates = _learning(group)
+            if not parameters:
+                continue
+            if group["weight_decay"]:
+                updates = list(torch._foreach_add(updates, parameters, alpha=group["weight_decay"]))
+                self._scale(parameters, updates, group["trust"])
+            states = [self.state[parameter] for parameter in parameters]
+            for parameter, state in zip(parameters, states, strict=True):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
-                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.sub_(buffer, alpha=group["lr"])
+            buffers = [state["momentum_buffer"] for state in states]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
         return loss
 
 
-def _trust_ratio(weights: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    size, length = weights.norm(), update.norm()
-    return torch.where((size > 0) & (length > 0), size / length, torch.ones_like(size))
+def follow_layers(engine: Any, optimizer: Optimizer) -> None:
+    """Tells an optimizer that scales layers which of them lie in what `engine`, a DeepSpeed engine around it, lets it step."""
+    if isinstance(optimizer, LayerwiseOptimizer):
+        optimizer.layers = layers_of(engine)
+
+
+def _learning(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of a group that have a gradient, and their gradients."""
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    return parameters, [parameter.grad for parameter in parameters]
 
 
 def decayed(parameter: nn.Parameter) -> bool:
@@ -80,9 +109,13 @@ def decayed(parameter: nn.Parameter) -> bool:
     return parameter.dim() >= 2
 
 
-def make_optimizer(section: OptimizerSection, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer over parameter groups; a group's own `weight_decay` wins."""
+def make_optimizer(section: OptimizerSection, groups: list[dict[str, Any]], offloaded: bool = False) -> Optimizer:
+    """The optimizer over parameter groups; a group's own `weight_decay` wins. `offloaded`: ZeRO keeps what it steps in host memory."""
     common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+    if section.name == "adamw" and section.cpu_kernel == "deepspeed" and offloaded:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, betas=section.betas, eps=section.eps, adamw_mode=True, **common)
     if section.name == "adamw":
         # one pass over weights, gradients and moments instead of a dozen
         return torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, fused=True, **common)

@@ -6,6 +6,7 @@ import torch
 
 from wtn_pretrain.data.hashing import hash_keys
 from wtn_pretrain.data.masking import MaskedText, Masker
+from wtn_pretrain.data.packing import PackedText, lay_out
 from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.data.text import TextSet
 from wtn_pretrain.errors import UserError
@@ -137,3 +138,46 @@ def test_masked_text_batches(tokenizer: Any, pair: Any) -> None:
     assert torch.equal(plain["input_ids"], text.fetch(np.arange(4), None)["input_ids"]) and (plain["targets"] == -100).all()
     first, second = ([batch["targets"] for batch in batches(dataset, size)] for size in (40, 7))
     assert torch.equal(torch.cat(first), torch.cat(second))
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_rows_with_less_text_hide_their_share_of_it(tokenizer: Any, whole_word: bool) -> None:
+    rows = rows_of(np.random.default_rng(4).integers(5, 35, (3000, 62)))
+    words = np.random.default_rng(5).integers(1, 63, 3000)
+    rows[np.arange(64) > words[:, None]] = PAD
+    masker = Masker(tokenizer, whole_word=whole_word)
+    budgets = masker.budgets(words)
+    assert (budgets == [max(1, round(0.15 * count)) for count in words.tolist()]).all()
+    masked, positions, targets = masker(rows, seeds_of(3000), words)
+    used = (targets != -100).sum(1)
+    assert (used <= budgets).all() and ((used == budgets).all() or whole_word)
+    assert (masked[rows == PAD] == PAD).all() and (targets[targets != -100] >= 5).all()
+    if not whole_word:
+        shares = np.bincount(words, used, 63)[20:] / np.maximum(np.bincount(words, words, 63)[20:], 1)
+        assert shares.min() > 0.12 and shares.max() < 0.18
+        # the places are spread over the text as those of full rows are
+        place = (positions / words[:, None])[(targets != -100) & (words > 20)[:, None]]
+        assert abs(place.mean() - 0.5) < 0.02
+    full = masker(rows, seeds_of(3000), np.full(3000, 62))
+    assert all((one == other).all() for one, other in zip(full, masker(rows, seeds_of(3000)), strict=True))
+
+
+@pytest.mark.parametrize("packing", ["documents", "padded"])
+def test_masked_rows_of_documents(tokenizer: Any, packing: Any) -> None:
+    bounds = np.concatenate([[0], np.cumsum(np.random.default_rng(6).integers(1, 90, 120))]).astype(np.int64)
+    tokens = np.random.default_rng(7).integers(5, 35, bounds[-1]).astype(np.uint16)
+    text = PackedText(tokens, lay_out(bounds, 64, packing), 64, CLS, SEP, PAD, packing)
+    masker = Masker(tokenizer)
+    dataset = MaskedText(text, masker)
+    batch = BatchStream(dataset, len(text), seed=0, shuffle=False).micro_batch(0, 0)
+    kinds = "segments" if packing == "documents" else "attention_mask"
+    assert set(batch) == {"input_ids", "positions", "targets", kinds}
+    assert batch["positions"].shape == (len(text), 9)
+    plain = text.fetch(np.arange(len(text)), None)
+    used = batch["targets"] != -100
+    assert (used.sum(1).numpy() == np.minimum(masker.budgets(text.layout.words()), 9)).all()
+    assert torch.equal(plain["input_ids"].gather(1, batch["positions"])[used], batch["targets"][used])
+    assert (batch[kinds].gather(1, batch["positions"])[used] > 0).all()
+    assert torch.equal(batch[kinds], plain[kinds])
+    untouched = torch.ones_like(batch["input_ids"], dtype=torch.bool).scatter(1, batch["positions"], False)
+    assert torch.equal(batch["input_ids"][untouched], plain["input_ids"][untouched])

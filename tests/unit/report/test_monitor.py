@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.training.monitor import METRICS, Monitor, read_metrics
+from wtn_pretrain.training.monitor import METRICS, Monitor, Work, read_metrics
 
 
 def train(folder: Path, last: int, *, start: int = 0, steps: int = 40, stage: str = "wide", **options: Any) -> None:
@@ -156,6 +156,32 @@ def test_rate_leaves_out_settling_and_validation(tmp_path: Path, monkeypatch: py
                 monitor.evaluated(step, {"loss": 1.0})
     rates = {r["step"]: r["rate"] for r in read_metrics(tmp_path / METRICS) if r["kind"] == "train"}
     assert rates == {5: 0.8, 10: 16.0, 15: 16.0, 20: 16.0}
+
+
+def test_pace_is_told_without_settling_and_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    work = Work(ranks=2, tokens=128, peak=4e12, memory=lambda: 3 << 29)
+    with Monitor(tmp_path, "wide", 20, log_every=5, tensorboard=False, work=work) as monitor:
+        for step in range(1, 21):
+            clock[0] += 10.0 if step <= 5 else 0.5
+            told = {"loss": 2.0, "lr": 1e-3, "grad_norm": math.inf if step == 10 else 0.25, "loss_scale": 1024.0, "skipped": step // 10}
+            monitor.step(step, told, samples=8, flops=2e12)
+            if step == 10:
+                clock[0] += 100.0
+                monitor.evaluated(step, {"loss": 1.0})
+    first, second, third, _ = (r for r in read_metrics(tmp_path / METRICS) if r["kind"] == "train")
+    # the first five steps compile and allocate: of them only the plain rate is told
+    assert (first["rate"], first["tokens_rate"], first["memory"]) == (0.8, 102.4, 3 << 29)
+    assert "flops_rate" not in first and "mfu" not in first
+    for record in (second, third):
+        assert (record["rate"], record["tokens_rate"], record["flops_rate"], record["mfu"]) == (16.0, 2048.0, 2e12, 0.5)
+    assert (second["grad_norm"], third["grad_norm"], third["loss_scale"], third["skipped"]) == (None, 0.25, 1024.0, 1)
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("wide 15/20"))
+    told = "loss 2, lr 0.001, norm 0.25, scale 1024, 1 skipped, 16 samples/s, 2048 tokens/s, 2 TFLOP/s (MFU 0.50), 1.50 GiB, "
+    assert line.startswith(f"wide 15/20 {told}")
 
 
 def test_corrupt_line_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from wtn_pretrain.training.config import OptimizerSection, ScheduleSection
-from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
+from wtn_pretrain.training.layers import Layers, Part, Partition
+from wtn_pretrain.training.optimizers import LayerwiseOptimizer, decay_groups, make_optimizer
 from wtn_pretrain.training.schedules import scale
 
 STEPS = 6
@@ -68,6 +69,38 @@ def test_lamb_of_zero_weights_moves() -> None:
     make_optimizer(OptimizerSection(name="lamb", lr=0.1), [{"params": list(layer.parameters()), "weight_decay": 0.01}]).step()
     assert torch.isfinite(layer.weight).all()
     assert (layer.weight < 0).all()
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_a_partition_whose_layers_are_not_known_is_refused(name: str) -> None:
+    flat = torch.nn.Parameter(torch.ones(6))
+    flat.grad = torch.ones(6)
+    optimizer = make_optimizer(OptimizerSection(name=name), [{"params": [flat], "weight_decay": 0.01}])
+    with pytest.raises(RuntimeError, match="not told which layers"):
+        optimizer.step()
+    assert torch.equal(flat.detach(), torch.ones(6))
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_a_partition_is_stepped_layer_by_layer(name: str, one_rank: None) -> None:
+    """Two layers in one flat tensor, with padding behind them, against the two by themselves."""
+    torch.manual_seed(0)
+    section = OptimizerSection(name=name, lr=0.1, weight_decay=0.02, trust=0.1)
+    layers = [torch.nn.Parameter(torch.randn(3, 4) * scale) for scale in (1, 10)]
+    flat = torch.nn.Parameter(torch.cat([*(layer.detach().flatten() for layer in layers), torch.zeros(3)]))
+    whole, partitioned = (make_optimizer(section, [{"params": params, "weight_decay": 0.02}]) for params in (layers, [flat]))
+    assert isinstance(partitioned, LayerwiseOptimizer)
+    partitioned.layers = Layers([Partition(flat, 2, (Part(0, 0, 12), Part(1, 12, 12)), ())])
+    for _ in range(3):
+        for layer in layers:
+            layer.grad = torch.randn(3, 4)
+        flat.grad = torch.cat([*(layer.grad.flatten() for layer in layers), torch.zeros(3)])
+        whole.step()
+        partitioned.step()
+    expected = torch.cat([layer.detach().flatten() for layer in layers])
+    # the same numbers, added up in another order
+    torch.testing.assert_close(flat.detach()[:24], expected, rtol=1e-6, atol=1e-6)
+    assert not flat.detach()[24:].any()
 
 
 def test_biases_and_norms_do_not_decay() -> None:

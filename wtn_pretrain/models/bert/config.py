@@ -20,7 +20,8 @@ class BertConfig(BlockConfig):
     family: Literal["bert"] = "bert"
     """Model family."""
     vocab_size: int = 0
-    """Rows of the embedding; 0 takes the tokenizer's size. Larger than the tokenizer is padding for tensor cores."""
+    """Rows of the embedding; 0 takes the tokenizer's size. Larger than the tokenizer, up to a multiple of 64 or 128, is padding for tensor
+    cores: no target is ever among the rows beyond it, so that training takes probability from them as from any word that does not occur."""
     hidden_size: int = 768
     """Carried width D."""
     layers: int = 12
@@ -98,12 +99,26 @@ class BertConfig(BlockConfig):
     def stages(self) -> tuple[int, ...]:
         return (self.layers,)
 
+    def why_not_divisible(self, ranks: int, length: int | None = None) -> str | None:
+        for name in ("heads", "intermediate_size", "vocab_size"):
+            value = getattr(self, name)
+            if value % ranks:
+                higher = -(-value // ranks) * ranks
+                return f"{ranks} ranks do not divide model.{name} {value}; use a divisor, or {name} {higher}"
+        if length is not None and length % ranks:
+            return f"{ranks} ranks do not divide sequences of {length} tokens; use a divisor, or no sequence parallelism"
+        return None
+
     def build(self) -> "BertNetwork":
         from wtn_pretrain.models.bert.model import BertNetwork
 
         return BertNetwork(self)
 
     def example_inputs(self, batch: int, device: torch.device | str, length: int | None = None) -> dict[str, Tensor]:
+        if length is not None and length > self.max_positions:
+            raise UserError(
+                f"data.sequence_length: {length} is longer than model.max_positions {self.max_positions}; raise that or shorten this"
+            )
         return {"input_ids": torch.zeros(batch, length or self.max_positions, dtype=torch.long, device=device)}
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from wtn_pretrain.models.base import BlockNetwork, Carry, Taps
 from wtn_pretrain.models.bert.config import BertConfig
@@ -23,15 +24,41 @@ class BertStem(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Carry:
-        """`input_ids` [B, S] int64, optional `token_type_ids` [B, S] int64 and `attention_mask` [B, S] (1 = token, 0 = padding)."""
+        """`input_ids` [B, S] int64, optional `token_type_ids` [B, S] int64, and one of `attention_mask` [B, S] (1 = token, 0 = padding)
+        and `segments` [B, S] int64, for rows of several documents: 1, 2, ... in the order of the row, 0 = padding. Positions then
+        begin anew with each document, and none sees another."""
         ids_BS = inputs["input_ids"]
-        positions_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        segments_BS = inputs.get("segments")
+        positions = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        if segments_BS is not None:
+            positions = restarting(positions, segments_BS)
         types_BS = inputs.get("token_type_ids")
         types_BS = torch.zeros_like(ids_BS) if types_BS is None else types_BS
-        hidden_BSD = self.word(ids_BS) + self.token_type(types_BS) + self.position(positions_S)
+        hidden_BSD = self.word(ids_BS) + self.token_type(types_BS) + self.position(positions)
         mask_BS = inputs.get("attention_mask")
-        context = () if mask_BS is None else (mask_BS[:, None, None, :].bool(),)
+        context: tuple[Tensor, ...] = ()
+        if segments_BS is not None:
+            context = (segments_BS,)
+        elif mask_BS is not None:
+            context = (mask_BS[:, None, None, :].bool(),)
         return Carry(self.dropout(self.norm(hidden_BSD)), context)
+
+
+def restarting(index_S: Tensor, segments_BS: Tensor) -> Tensor:
+    """Positions [B, S] that count from 0 in each run of equal `segments` [B, S]; `index` [S] counts through the row."""
+    begins = segments_BS[:, 1:] != segments_BS[:, :-1]
+    first = torch.where(begins, index_S[1:], 0).cummax(1).values
+    return index_S - F.pad(first, (1, 0))
+
+
+def visible(mask: Tensor) -> Tensor:
+    """What each token may attend to, bool, broadcastable to [B, H, S, S], from what a carry holds.
+
+    Args:
+        mask: bool [B, 1, 1, S], the tokens that are no padding; or int64 [B, S], `segments`: tokens see their own document, and
+            padding sees padding, so that no row of scores is empty.
+    """
+    return mask if mask.dtype is torch.bool else mask[:, None, :, None] == mask[:, None, None, :]
 
 
 class BertBlock(nn.Module):
@@ -54,7 +81,8 @@ class BertBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, carry: Carry, taps: Taps | None = None) -> Carry:
-        """Carry to carry; with `taps`, also lays open the attention scores [B, H, S, S] before the softmax, scaled and unmasked."""
+        """Carry to carry; with `taps`, also lays open the attention scores [B, H, S, S] before the softmax, scaled; padding is not
+        masked in them, other documents of the row are."""
         x_BSD = carry.hidden
         mask = carry.context[0] if carry.context else None
         if self.pre_norm:
@@ -69,10 +97,22 @@ class BertBlock(nn.Module):
         shape = (*x_BSD.shape[:2], self.heads, self.head_size)
         q_BHSK, k_BHSK, v_BHSK = (projection(x_BSD).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value))
         if taps is not None:
-            taps["attention"] = q_BHSK @ k_BHSK.transpose(-1, -2) * self.head_size**-0.5
+            taps["attention"] = self._scores(q_BHSK, k_BHSK, mask)
+        return self.attention_output(self._mix(q_BHSK, k_BHSK, v_BHSK, mask).transpose(1, 2).flatten(2))
+
+    def _mix(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention itself, [B, H, S, K]; `mask` as a carry holds it."""
         dropout = self.attention_dropout.p if self.attention_dropout.training else 0.0
-        mixed_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask, dropout_p=dropout)
-        return self.attention_output(mixed_BHSK.transpose(1, 2).flatten(2))
+        seen = None if mask is None else visible(mask)
+        return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=seen, dropout_p=dropout)
+
+    def _scores(self, q_BHSK: Tensor, k_BHSK: Tensor, mask: Tensor | None) -> Tensor:
+        scores_BHSS = q_BHSK @ k_BHSK.transpose(-1, -2) * self.head_size**-0.5
+        if mask is None or mask.dtype is torch.bool:
+            return scores_BHSS
+        # finite, in the fp32 of losses too, since they multiply it by the probability of zero that follows
+        lowest = max(torch.finfo(scores_BHSS.dtype).min, torch.finfo(torch.float32).min)
+        return scores_BHSS.masked_fill(~visible(mask), lowest)
 
     def _feed_forward(self, x_BSD: Tensor) -> Tensor:
         return self.output(F.gelu(self.intermediate(x_BSD)))
@@ -93,10 +133,20 @@ class BertHead(nn.Module):
 
     def forward(self, carry: Carry, positions: Tensor | None = None) -> Tensor:
         """Vocabulary logits [B, S, V], or [B, P, V] at `positions` [B, P] only, so that nothing is spent on the rest."""
+        return F.linear(self.predicted(carry, positions), self.decoder, self.bias)
+
+    def predicted(self, carry: Carry, positions: Tensor | None) -> Tensor:
+        """What the decoder takes, [B, S, D] or [B, P, D] at `positions` [B, P]."""
         hidden = carry.hidden
         if positions is not None:
             hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return F.linear(self.norm(F.gelu(self.transform(self.final_norm(hidden)))), self.decoder, self.bias)
+        return self.norm(F.gelu(self.transform(self.final_norm(hidden))))
+
+    def losses(self, carry: Carry, positions: Tensor, targets: Tensor, ignore: int = -100) -> tuple[Tensor, Tensor]:
+        """The sum of the cross-entropies at `positions` [B, P] against `targets` [B, P] (those equal to `ignore` count for nothing),
+        fp32, and how many count."""
+        logits, targets = self(carry, positions).flatten(0, 1).float(), targets.flatten()
+        return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum"), (targets != ignore).sum()
 
     def pair_logits(self, carry: Carry) -> Tensor:
         """Logits [B, 2]: 0 = the second segment follows the first."""
@@ -138,9 +188,18 @@ class BertNetwork(BlockNetwork):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    def divide(self, group: ProcessGroup, sequence: bool) -> None:
+        from wtn_pretrain.models.bert.parallel import divide
+        from wtn_pretrain.parallel.tensor import Ranks
+
+        divide(self, Ranks(group, sequence))
+
     @staticmethod
     def counted(carry: Carry) -> Tensor | None:
-        return carry.context[0][:, 0, 0] if carry.context else None
+        if not carry.context:
+            return None
+        mask = carry.context[0]
+        return mask[:, 0, 0] if mask.dtype is torch.bool else mask > 0
 
     def widths(self) -> list[int]:
         return [self.config.hidden_size] * (self.config.layers + 1)

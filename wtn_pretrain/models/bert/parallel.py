@@ -1,0 +1,107 @@
+"""BERT over the ranks of a tensor group: heads, feed-forward and vocabulary are divided; names of tensors stay as they are."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wtn_pretrain.models.base import Carry, Taps
+from wtn_pretrain.models.bert.model import BertBlock, BertHead, BertNetwork
+from wtn_pretrain.parallel.tensor import (
+    ColumnLinear,
+    PartDropout,
+    Ranks,
+    RowLinear,
+    SharedNorm,
+    VocabularyEmbedding,
+    mark,
+    vocabulary_cross_entropy,
+)
+
+
+def divide(network: BertNetwork, ranks: Ranks) -> None:
+    """Leaves of `network` this rank's part, in place. Its config must allow it (`BertConfig.why_not_divisible`)."""
+    stem = network.stem
+    stem.word = VocabularyEmbedding(stem.word, ranks)
+    stem.norm = _Divided(stem.norm, ranks) if isinstance(stem.norm, nn.LayerNorm) else _Divide(ranks)
+    stem.dropout = PartDropout(stem.dropout, ranks)
+    network.blocks = nn.ModuleList(_Block(block, ranks) for block in network.blocks if isinstance(block, BertBlock))
+    network.head = _Head(network.head, stem.word.weight, ranks)
+
+
+class _Block(BertBlock):
+    """An encoder layer with this rank's heads and its part of the feed-forward layer."""
+
+    def __init__(self, whole: BertBlock, ranks: Ranks) -> None:
+        nn.Module.__init__(self)
+        self._ranks = ranks
+        self.pre_norm = whole.pre_norm
+        self.heads, self.head_size = whole.heads // ranks.count, whole.head_size
+        for name in ("query", "key", "value", "intermediate"):
+            setattr(self, name, ColumnLinear(getattr(whole, name), ranks))
+        for name in ("attention_output", "output"):
+            setattr(self, name, RowLinear(getattr(whole, name), ranks))
+        self.attention_norm = SharedNorm(whole.attention_norm, ranks)
+        self.output_norm = SharedNorm(whole.output_norm, ranks)
+        self.attention_dropout = whole.attention_dropout
+        self.dropout = PartDropout(whole.dropout, ranks)
+
+    def _attend(self, x_BSD: Tensor, mask: Tensor | None, taps: Taps | None) -> Tensor:
+        x_BSD = self._ranks.enter(x_BSD)
+        if not (self.training and self.attention_dropout.p):
+            return super()._attend(x_BSD, mask, taps)
+        with self._ranks.own_randomness():
+            return super()._attend(x_BSD, mask, taps)
+
+    def _feed_forward(self, x_BSD: Tensor) -> Tensor:
+        return super()._feed_forward(self._ranks.enter(x_BSD))
+
+
+class _Divided(SharedNorm):
+    """The stem's norm, which begins the first region where each rank has a part of the positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self._ranks.divide(x))
+
+
+class _Divide(nn.Module):
+    """The same where the stem has no norm."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._ranks.divide(x)
+
+
+class _Head(BertHead):
+    """The head with this rank's rows of the decoder; what comes before it is done alike on all ranks."""
+
+    def __init__(self, whole: BertHead, embedding: nn.Parameter, ranks: Ranks) -> None:
+        nn.Module.__init__(self)
+        self._ranks = ranks
+        self.final_norm, self.transform, self.norm, self.pair = whole.final_norm, whole.transform, whole.norm, whole.pair
+        self.decoder = embedding
+        self.bias = nn.Parameter(ranks.part(whole.bias.detach(), 0).clone())
+        mark(self.bias, 0, ranks)
+
+    def forward(self, carry: Carry, positions: Tensor | None = None) -> Tensor:
+        own = self._logits(carry, positions)
+        parts = [torch.empty_like(own) for _ in range(self._ranks.count)]
+        # for measuring alone: no gradient passes here
+        dist.all_gather(parts, own.detach().contiguous(), group=self._ranks.group)
+        return torch.cat(parts, -1)
+
+    def losses(self, carry: Carry, positions: Tensor, targets: Tensor, ignore: int = -100) -> tuple[Tensor, Tensor]:
+        return vocabulary_cross_entropy(self._logits(carry, positions).flatten(0, 1), targets.flatten(), self._ranks, ignore)
+
+    def pair_logits(self, carry: Carry) -> Tensor:
+        return super().pair_logits(self._collected(carry))
+
+    def _logits(self, carry: Carry, positions: Tensor | None) -> Tensor:
+        predicted = self.predicted(self._collected(carry), positions)
+        return F.linear(self._ranks.copy(predicted), self.decoder, self.bias)
+
+    def _collected(self, carry: Carry) -> Carry:
+        return Carry(self._ranks.collect(carry.hidden), carry.context)

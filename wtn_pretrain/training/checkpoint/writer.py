@@ -1,0 +1,105 @@
+"""Writing a checkpoint beside the training: every rank its part, and the last one to finish makes it count."""
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import switch_folder, write_beside, write_text
+from wtn_pretrain.parallel.launch import Place, shared_store
+from wtn_pretrain.training.checkpoint.manifest import LATEST, Manifest, checkpoints_in, part_of, write_manifest
+
+_KEPT = "the checkpoint before it is kept"
+
+
+class Writer:
+    """Writes checkpoints into `folder` in a thread of its own, one at a time.
+
+    Every rank must make one, and start the same writes in the same order; none waits for another.
+    """
+
+    def __init__(self, folder: Path, place: Place, keep: int) -> None:
+        """`keep`: how many checkpoints are kept."""
+        self.folder = folder
+        self._place, self._keep = place, keep
+        self._store = shared_store(place)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._steps: list[int] = []
+        """Of the checkpoints that are whole, or will be when the writing is done."""
+
+    @property
+    def part(self) -> str:
+        """The file that this rank writes."""
+        return f"part-{self._place.rank:05d}.safetensors"
+
+    def continues(self, step: int) -> None:
+        """Says that the training goes on from the checkpoint of a step, which is kept until there are others."""
+        self._steps = [step]
+
+    def start(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+        """Begins to write this rank's part, once the one before is written.
+
+        Args:
+            manifest: says of parameters and other tensors only those of this rank, and of parts nothing.
+            tensors: on the CPU, contiguous, and nobody else's.
+        """
+        self.wait()
+        self._steps.append(manifest.step)
+        self._writing = self._thread.submit(self._write, manifest, tensors, set(self._steps[-self._keep :]))
+
+    def wait(self) -> None:
+        """Returns when this rank has written what was begun.
+
+        Raises:
+            UserError: it could not be written; the checkpoint before it is kept.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """`wait`, for the last time."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(self, manifest: Manifest, tensors: dict[str, Tensor], kept: set[int]) -> None:
+        step = manifest.step
+        draft = self.folder / f".step{step}.part"
+        try:
+            if tensors:
+                write_beside(draft / self.part, lambda path: save_file(tensors, path))
+                manifest = manifest.model_copy(update={"parts": {self.part: part_of(draft / self.part)}})
+            everything = self._all_of(manifest)
+            if everything is None:
+                return
+            write_manifest(draft, everything)
+            switch_folder(draft, self.folder / f"step{step}")
+            write_text(self.folder / LATEST, f"step{step}\n")
+        except OSError as error:
+            raise UserError(f"{self.folder}: checkpoint of step {step} cannot be written ({error.strerror}); {_KEPT}") from None
+        except UserError as error:
+            raise UserError(f"{error}; {_KEPT}") from None
+        for other, path in checkpoints_in(self.folder):
+            # those of later steps were damaged, and stand there until the training has come to them again
+            if other < step and other not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _all_of(self, manifest: Manifest) -> Manifest | None:
+        """What all ranks have written of a checkpoint, for the last one to say so; None for the others."""
+        keys = [f"{manifest.step}-{rank}" for rank in range(self._place.world_size)]
+        self._store.set(keys[self._place.rank], manifest.model_dump_json())
+        if self._store.add(str(manifest.step), 1) < self._place.world_size:
+            return None
+        shares = [Manifest.model_validate_json(self._store.get(key)) for key in keys]
+        for key in keys:
+            self._store.delete_key(key)
+        return shares[0].model_copy(
+            update={
+                name: {key: value for share in shares for key, value in getattr(share, name).items()}
+                for name in ("parameters", "others", "parts")
+            }
+        )
