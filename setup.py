@@ -42,7 +42,17 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
+        "kernels": ["triton==3.7.1", "liger-kernel>=0.6"],  # for GPUs; torch's CUDA builds bring Triton
         "test": ["pytest==9.2.0", "hypothesis>=6.150", "accelerate==1.15.0"],
-        "dev": ["pytest==9.2.0", "hypothesis>=6.150", "accelerate==1.15.0", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML", "types-tqdm", "pre-commit>=4.0"],
+        "dev": [
+            "pytest==9.2.0",
+            "hypothesis>=6.150",
+            "accelerate==1.15.0",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "types-tqdm",
+            "pre-commit>=4.0",
+        ],
     },
 )

@@ -56,9 +56,11 @@ class RunFolder:
         return result
 
 
-# where a run lies, how it looks, saves and is exported may change from one start to the next; what it computes may not
+# where a run lies, how it looks, saves, is laid out over ranks and exported may change from one start to the next; what it computes may not
 _FREE = re.compile(
-    r"run\.folder|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every)|narrow\.(plan|in_flight|patience|trace|offload|offload_batches)"
+    r"run\.(folder|kernels)|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every)"
+    r"|(wide|finetune)\.(deepspeed|micro_batch_size|tensor_parallel|sequence_parallel|checkpoint_activations|compile)"
+    r"|narrow\.(plan|in_flight|patience|trace|offload|offload_batches)"
 )
 
 

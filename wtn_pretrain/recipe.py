@@ -13,6 +13,7 @@ from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.config import ImitateSection
+from wtn_pretrain.kernels.select import Kernels
 from wtn_pretrain.models.base import BlockConfig, expand_preset
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.resnet.config import ResNetConfig
@@ -30,6 +31,8 @@ class RunSection(Section):
     """Folder of all runs."""
     seed: int = Field(0, ge=0)
     """Seed of the wide network; everything random follows from it."""
+    kernels: Kernels = "auto"
+    """Fused kernels: auto takes the best that works on the device, torch none, triton and apex those alone (docs/kernels.md)."""
 
 
 class WidenSection(Section):

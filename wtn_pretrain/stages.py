@@ -13,6 +13,7 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.imitation.bridges import bridge_kinds
 from wtn_pretrain.imitation.pairing import pair
+from wtn_pretrain.kernels.select import activate
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.store import load_network, load_shape, save_network
@@ -58,6 +59,9 @@ class Stages:
             # refused before the wide network is trained, not after
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
         require_same(place, dump_yaml(recipe))
+        choice = activate(recipe.run.kernels)
+        if place.rank == 0:
+            print(choice.describe(), flush=True)
         if place.rank == 0:
             self.folder.claim(dump_yaml(recipe))
 

@@ -23,6 +23,13 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return reference(x, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x weight' + bias): [..., D], [F, D] and [F] to [..., F]."""
+    if live("bias_gelu", x) == "triton":
+        return bias_gelu(F.linear(x, weight), bias)
+    return F.gelu(F.linear(x, weight, bias))
+
+
 def reference(x: Tensor, bias: Tensor) -> Tensor:
     """`bias_gelu` in plain torch."""
     return F.gelu(x + bias.to(x.dtype))

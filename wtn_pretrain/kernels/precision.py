@@ -18,7 +18,8 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 def as_written(tensor: Tensor) -> AbstractContextManager[Any]:
     """Within, operations on the device of `tensor` are computed in the dtypes of what they are given."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+    autocasts = _autocasts(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocasts else nullcontext()
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

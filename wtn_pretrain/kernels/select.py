@@ -1,4 +1,4 @@
-"""The key `kernels`: which implementations may be used, what is installed and works here, and what is live as a result."""
+"""The key `run.kernels`: which implementations may be used, what is installed and works here, and what is live as a result."""
 
 import sys
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ FUSED = {
 
 
 def choose(kernels: Kernels, on: torch.device | None = None) -> Choice:
-    """What is live for each operation under the key `kernels`, and why. What runs on an accelerator is tried out there first.
+    """What is live for each operation under the key `run.kernels`, and why. What runs on an accelerator is tried out there first.
 
     Args:
         on: the device; None: that of this rank.
@@ -47,12 +47,14 @@ def choose(kernels: Kernels, on: torch.device | None = None) -> Choice:
     if kernels == "apex":
         if no_apex:
             raise UserError(
-                f"kernels: apex: {no_apex}; build NVIDIA's from source with its compiled modules, or set kernels to auto or torch"
+                f"run.kernels: apex: {no_apex}; build NVIDIA's from source with its compiled modules, or set run.kernels to auto or torch"
             )
         operations["dropout_add_norm"] = Implementation("apex", "asked for: NVIDIA's LayerNorm after torch's bias, dropout and addition")
     elif kernels == "triton":
         if reason := jit.why_not(device):
-            raise UserError(f"kernels: triton: {reason} (device {device.type}); set kernels to auto or torch, or use a device that has it")
+            raise UserError(
+                f"run.kernels: triton: {reason} (device {device.type}); set run.kernels to auto or torch, or use a device that has it"
+            )
         operations |= {name: Implementation("triton", f"asked for: {what}") for name, what in FUSED.items()}
     elif kernels == "auto" and device.type != "cpu":
         operations |= _best(device, no_apex)

@@ -36,13 +36,13 @@ def test_on_the_cpu_torch_is_live(kernels: str) -> None:
 
 @pytest.mark.skipif(jit.INTERPRETED, reason="Triton's interpreter is on")
 def test_triton_is_refused_where_it_cannot_run() -> None:
-    with pytest.raises(UserError, match=r"^kernels: triton: Triton .*set kernels to auto or torch") as refused:
+    with pytest.raises(UserError, match=r"^run.kernels: triton: Triton .*set run.kernels to auto or torch") as refused:
         choose("triton", CPU)
     assert "\n" not in str(refused.value)
 
 
 def test_apex_is_refused_where_there_is_none() -> None:
-    with pytest.raises(UserError, match=r"^kernels: apex: .*set kernels to auto or torch") as refused:
+    with pytest.raises(UserError, match=r"^run.kernels: apex: .*set run.kernels to auto or torch") as refused:
         choose("apex", CPU)
     assert "\n" not in str(refused.value)
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from wtn_pretrain.imitation.config import MobileBertLoss
 from wtn_pretrain.imitation.losses import energy_mse, mobilebert
+from wtn_pretrain.kernels.attention import same_document
 from wtn_pretrain.models import BertConfig
-from wtn_pretrain.models.bert.model import BertNetwork, restarting, visible
+from wtn_pretrain.models.bert.model import BertNetwork, restarting
 
 WORDS, LENGTH, SLOTS = 37, 20, 4
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -146,7 +147,7 @@ def test_one_document_a_row_is_a_plain_row(norm: str) -> None:
 def test_positions_and_what_is_seen() -> None:
     segments = torch.tensor([[1, 1, 1, 2, 3, 3, 0, 0], [1] * 8])
     assert restarting(torch.arange(8), segments).tolist() == [[0, 1, 2, 0, 0, 1, 0, 1], list(range(8))]
-    seen = visible(segments)
+    seen = same_document(segments)
     assert seen.shape == (2, 1, 8, 8) and seen.any(-1).all(), "no row of scores is empty"
     assert torch.block_diag(*(torch.ones(n, n) for n in (3, 1, 2, 2))).bool().equal(seen[0, 0])
     carry = network_of("pre", torch.float32).stem({"input_ids": torch.zeros_like(segments), "segments": segments})

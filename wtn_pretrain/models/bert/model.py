@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from wtn_pretrain.kernels.attention import attend, same_document
+from wtn_pretrain.kernels.bias_gelu import linear_gelu
+from wtn_pretrain.kernels.dropout_add_norm import dropout_add_norm
+from wtn_pretrain.kernels.linear_cross_entropy import linear_cross_entropy
 from wtn_pretrain.models.base import BlockNetwork, Carry, Taps
 from wtn_pretrain.models.bert.config import BertConfig
 
@@ -51,14 +55,21 @@ def restarting(index_S: Tensor, segments_BS: Tensor) -> Tensor:
     return index_S - F.pad(first, (1, 0))
 
 
-def visible(mask: Tensor) -> Tensor:
-    """What each token may attend to, bool, broadcastable to [B, H, S, S], from what a carry holds.
+class GeluLinear(nn.Linear):
+    """A linear layer and the exact GELU of what it gives."""
 
-    Args:
-        mask: bool [B, 1, 1, S], the tokens that are no padding; or int64 [B, S], `segments`: tokens see their own document, and
-            padding sees padding, so that no row of scores is empty.
-    """
-    return mask if mask.dtype is torch.bool else mask[:, None, :, None] == mask[:, None, None, :]
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_gelu(x, self.weight, self.bias)
+
+
+class AddNorm(nn.LayerNorm):
+    """A LayerNorm and the residual connection before it."""
+
+    def forward(self, x: Tensor, added: Tensor | None = None, dropout: float = 0.0) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The norm of `x`; with `added`, the norm of x + dropout(added), and that sum."""
+        if added is None:
+            return super().forward(x)
+        return dropout_add_norm(added, None, x, self.weight, self.bias, self.eps, dropout, self.training)
 
 
 class BertBlock(nn.Module):
@@ -73,10 +84,10 @@ class BertBlock(nn.Module):
         self.key = nn.Linear(config.hidden_size, inner)
         self.value = nn.Linear(config.hidden_size, inner)
         self.attention_output = nn.Linear(inner, config.hidden_size)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.intermediate = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.attention_norm: nn.LayerNorm = AddNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = GeluLinear(config.hidden_size, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.output_norm: nn.LayerNorm = AddNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention_dropout = nn.Dropout(config.attention_dropout)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -86,11 +97,11 @@ class BertBlock(nn.Module):
         x_BSD = carry.hidden
         mask = carry.context[0] if carry.context else None
         if self.pre_norm:
-            x_BSD = x_BSD + self.dropout(self._attend(self.attention_norm(x_BSD), mask, taps))
-            x_BSD = x_BSD + self.dropout(self._feed_forward(self.output_norm(x_BSD)))
+            normed_BSD, x_BSD = self._join(x_BSD, self._attend(self.attention_norm(x_BSD), mask, taps), self.output_norm)
+            x_BSD = x_BSD + self.dropout(self._feed_forward(normed_BSD))
         else:
-            x_BSD = self.attention_norm(x_BSD + self.dropout(self._attend(x_BSD, mask, taps)))
-            x_BSD = self.output_norm(x_BSD + self.dropout(self._feed_forward(x_BSD)))
+            x_BSD, _ = self._join(x_BSD, self._attend(x_BSD, mask, taps), self.attention_norm)
+            x_BSD, _ = self._join(x_BSD, self._feed_forward(x_BSD), self.output_norm)
         return Carry(x_BSD, carry.context)
 
     def _attend(self, x_BSD: Tensor, mask: Tensor | None, taps: Taps | None) -> Tensor:
@@ -98,13 +109,8 @@ class BertBlock(nn.Module):
         q_BHSK, k_BHSK, v_BHSK = (projection(x_BSD).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value))
         if taps is not None:
             taps["attention"] = self._scores(q_BHSK, k_BHSK, mask)
-        return self.attention_output(self._mix(q_BHSK, k_BHSK, v_BHSK, mask).transpose(1, 2).flatten(2))
-
-    def _mix(self, q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention itself, [B, H, S, K]; `mask` as a carry holds it."""
         dropout = self.attention_dropout.p if self.attention_dropout.training else 0.0
-        seen = None if mask is None else visible(mask)
-        return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=seen, dropout_p=dropout)
+        return self.attention_output(attend(q_BHSK, k_BHSK, v_BHSK, mask, dropout).transpose(1, 2).flatten(2))
 
     def _scores(self, q_BHSK: Tensor, k_BHSK: Tensor, mask: Tensor | None) -> Tensor:
         scores_BHSS = q_BHSK @ k_BHSK.transpose(-1, -2) * self.head_size**-0.5
@@ -112,10 +118,14 @@ class BertBlock(nn.Module):
             return scores_BHSS
         # finite, in the fp32 of losses too, since they multiply it by the probability of zero that follows
         lowest = max(torch.finfo(scores_BHSS.dtype).min, torch.finfo(torch.float32).min)
-        return scores_BHSS.masked_fill(~visible(mask), lowest)
+        return scores_BHSS.masked_fill(~same_document(mask), lowest)
 
     def _feed_forward(self, x_BSD: Tensor) -> Tensor:
-        return self.output(F.gelu(self.intermediate(x_BSD)))
+        return self.output(self.intermediate(x_BSD))
+
+    def _join(self, x_BSD: Tensor, added_BSD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The norm of x + dropout(added), and that sum."""
+        return norm(x_BSD, added_BSD, self.dropout.p)
 
 
 class BertHead(nn.Module):
@@ -124,29 +134,35 @@ class BertHead(nn.Module):
     def __init__(self, config: BertConfig, embedding: nn.Parameter) -> None:
         super().__init__()
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm == "pre" else nn.Identity()
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform = GeluLinear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # the same Parameter object as the stem's: tied, and gathered by ZeRO-3 for this module too
         self.decoder = embedding
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.pair: BertPairHead | None = BertPairHead(config) if config.pair_head != "none" else None
 
-    def forward(self, carry: Carry, positions: Tensor | None = None) -> Tensor:
-        """Vocabulary logits [B, S, V], or [B, P, V] at `positions` [B, P] only, so that nothing is spent on the rest."""
-        return F.linear(self.predicted(carry, positions), self.decoder, self.bias)
+    def forward(
+        self, carry: Carry, positions: Tensor | None = None, targets: Tensor | None = None, ignore: int = -100
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Vocabulary logits [B, S, V], or [B, P, V] at `positions` [B, P] only, so that nothing is spent on the rest. With `targets`
+        [B, P], `losses`."""
+        predicted = self.predicted(carry, positions)
+        if targets is None:
+            return F.linear(predicted, self.decoder, self.bias)
+        return linear_cross_entropy(predicted.flatten(0, 1), self.decoder, self.bias, targets.flatten(), ignore)
 
     def predicted(self, carry: Carry, positions: Tensor | None) -> Tensor:
         """What the decoder takes, [B, S, D] or [B, P, D] at `positions` [B, P]."""
         hidden = carry.hidden
         if positions is not None:
             hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.norm(F.gelu(self.transform(self.final_norm(hidden))))
+        return self.norm(self.transform(self.final_norm(hidden)))
 
     def losses(self, carry: Carry, positions: Tensor, targets: Tensor, ignore: int = -100) -> tuple[Tensor, Tensor]:
         """The sum of the cross-entropies at `positions` [B, P] against `targets` [B, P] (those equal to `ignore` count for nothing),
-        fp32, and how many count."""
-        logits, targets = self(carry, positions).flatten(0, 1).float(), targets.flatten()
-        return F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum"), (targets != ignore).sum()
+        fp32, and how many count. The logits are never whole."""
+        # by the module's call: ZeRO 3 brings its parameters together there
+        return self(carry, positions, targets, ignore)
 
     def pair_logits(self, carry: Carry) -> Tensor:
         """Logits [B, 2]: 0 = the second segment follows the first."""

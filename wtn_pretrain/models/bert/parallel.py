@@ -5,6 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wtn_pretrain.kernels.bias_gelu import linear_gelu
 from wtn_pretrain.models.base import Carry, Taps
 from wtn_pretrain.models.bert.model import BertBlock, BertHead, BertNetwork
 from wtn_pretrain.parallel.tensor import (
@@ -54,7 +55,12 @@ class _Block(BertBlock):
             return super()._attend(x_BSD, mask, taps)
 
     def _feed_forward(self, x_BSD: Tensor) -> Tensor:
-        return super()._feed_forward(self._ranks.enter(x_BSD))
+        part = self.intermediate
+        return self.output(linear_gelu(self._ranks.enter(x_BSD), part.weight, part.bias))
+
+    def _join(self, x_BSD: Tensor, added_BSD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        total = x_BSD + self.dropout(added_BSD)
+        return norm(total), total
 
 
 class _Divided(SharedNorm):
@@ -86,15 +92,16 @@ class _Head(BertHead):
         self.bias = nn.Parameter(ranks.part(whole.bias.detach(), 0).clone())
         mark(self.bias, 0, ranks)
 
-    def forward(self, carry: Carry, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, carry: Carry, positions: Tensor | None = None, targets: Tensor | None = None, ignore: int = -100
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if targets is not None:
+            return vocabulary_cross_entropy(self._logits(carry, positions).flatten(0, 1), targets.flatten(), self._ranks, ignore)
         own = self._logits(carry, positions)
         parts = [torch.empty_like(own) for _ in range(self._ranks.count)]
         # for measuring alone: no gradient passes here
         dist.all_gather(parts, own.detach().contiguous(), group=self._ranks.group)
         return torch.cat(parts, -1)
-
-    def losses(self, carry: Carry, positions: Tensor, targets: Tensor, ignore: int = -100) -> tuple[Tensor, Tensor]:
-        return vocabulary_cross_entropy(self._logits(carry, positions).flatten(0, 1), targets.flatten(), self._ranks, ignore)
 
     def pair_logits(self, carry: Carry) -> Tensor:
         return super().pair_logits(self._collected(carry))
