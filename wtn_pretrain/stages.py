@@ -62,7 +62,6 @@ class Stages:
         choice = activate(recipe.run.kernels)
         if place.rank == 0:
             print(choice.describe(), flush=True)
-        if place.rank == 0:
             self.folder.claim(dump_yaml(recipe))
 
     def seed_folder(self, stage: str, seed: int | None) -> Path:
