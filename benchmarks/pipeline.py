@@ -35,6 +35,8 @@ JSON keys, each the worst over all cases with the figures of every case in `case
                           to k and its s, L(L+1)/2 T + L s in all, and (c) L T + L s
   speedup_over_prefix     (c) over (b)
   scaling_2_over_1        (c) over (c) on 1 rank; goal 1.8
+  scaling_bound           what two cores of this machine give at all: all units on each of two ranks that exchange nothing, over the
+                          same on one; they share caches, memory and power. `scaling_share`: scaling_2_over_1 over that
   gemm_share              model FLOP/s of teacher and student (products, convolutions and attention; the backward pass as computed) of a
                           rank of (c), over what one core of this machine computes of the same matrix products and convolutions one by
                           one in a loop; goal 0.8. Taken at full width, see below; the table has it for every case
@@ -52,7 +54,7 @@ import numpy as np
 import torch
 from common import parser, positive, run, table
 from pairs import MODELS, Shape, Widening, resnet
-from pipeline_arms import Case, Taken, by_block, link_of, plan_of, products, stream
+from pipeline_arms import Case, Taken, by_block, by_itself, link_of, plan_of, products, stream
 from ranks import Crew
 
 from wtn_pretrain.errors import UserError
@@ -216,12 +218,16 @@ def measure_case(case: Case, two: Crew, one: Crew, options: argparse.Namespace, 
         uses = utilisation([event for rank in ran for event in rank["events"]], settle=SETTLE)
         return steady([rank["done"] for rank in ran], SETTLE), bubble(uses)
 
+    def bound() -> float:
+        (alone,) = one.call(by_itself, case, own_steps)
+        return RANKS * alone / max(two.call(by_itself, case, own_steps))
+
     rows: list[dict[str, float]] = []
     for repeat in range(repeats):
         found: dict[str, Any] = {}
-        arms = {"naive": naive, "prefix": prefix, "engine": engine, "alone": engine_alone}
+        arms = {"naive": naive, "prefix": prefix, "bound": bound, "engine": engine, "alone": engine_alone}
         order = list(arms)
-        for arm in order[repeat % 4 :] + order[: repeat % 4]:
+        for arm in order[repeat % len(arms) :] + order[: repeat % len(arms)]:
             found[arm] = arms[arm]()
         seconds, idle = found["engine"]
         ratio = analytic(*costs)
@@ -236,6 +242,8 @@ def measure_case(case: Case, two: Crew, one: Crew, options: argparse.Namespace, 
                 "share_of_work_ratio": found["naive"] / seconds / ratio,
                 "speedup_over_prefix": found["prefix"] / seconds,
                 "scaling_2_over_1": found["alone"] / seconds,
+                "scaling_bound": found["bound"],
+                "scaling_share": found["alone"] / seconds / found["bound"],
                 "gemm_share": work["flops"] / seconds / RANKS / work["rate"],
                 "idle_share": idle,
                 "teacher_seconds": sum(costs[0]) / case.blocks,
@@ -318,7 +326,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-KEYS = ("share_of_work_ratio", "speedup_over_prefix", "scaling_2_over_1")
+KEYS = ("share_of_work_ratio", "speedup_over_prefix", "scaling_2_over_1", "scaling_bound", "scaling_share")
 
 
 def show(figures: dict[str, Any]) -> str:
@@ -335,6 +343,7 @@ def show(figures: dict[str, Any]) -> str:
         "share",
         "(c)/(b)",
         "2/1 ranks",
+        "bound",
         "GEMM share",
         "idle",
     ]
@@ -342,7 +351,15 @@ def show(figures: dict[str, Any]) -> str:
     rows = []
     for name, of_case in figures["cases"].items():
         rates = [f"{of_case[key]:.1f}" for key in ("naive", "prefix", "engine", "engine_1_rank")]
-        keys = ("speedup_over_naive", "analytic", "share_of_work_ratio", "speedup_over_prefix", "scaling_2_over_1", "gemm_share")
+        keys = (
+            "speedup_over_naive",
+            "analytic",
+            "share_of_work_ratio",
+            "speedup_over_prefix",
+            "scaling_2_over_1",
+            "scaling_bound",
+            "gemm_share",
+        )
         ratios = [f"{of_case[key]:.2f}" for key in keys]
         times = [f"{1e3 * of_case[key]:.1f}" for key in ("teacher_seconds", "student_seconds")]
         rows.append([name, of_case["plan"], *rates, *ratios, f"{of_case['idle_share']:.3f}", *times, f"{of_case['weight_difference']:.0e}"])
@@ -362,7 +379,8 @@ def show(figures: dict[str, Any]) -> str:
         lines.append(line)
     idle = figures["idle_share"]
     told = f" (goal: at most {MOST_IDLE}; {'met' if idle <= MOST_IDLE else 'falls short'})" if figures["preset"] == "full" else ""
-    return "\n".join([*lines, f"idle_share {idle:.3f}{told}", f"speedup_over_prefix {figures['speedup_over_prefix']:.3f}"])
+    lines += [f"idle_share {idle:.3f}{told}", f"speedup_over_prefix {figures['speedup_over_prefix']:.3f}"]
+    return "\n".join([*lines, *(f"{key} {figures[key]:.3f}" for key in ("scaling_bound", "scaling_share"))])
 
 
 def main() -> int:

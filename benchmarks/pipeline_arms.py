@@ -114,6 +114,25 @@ def stream(place: Place, case: Case, plan: str, steps: int, folder: Path, keep: 
     return {"done": done, "events": trace.events(), "teacher_flops": imitator.work.teacher_flops, "resident": resident[-1]}
 
 
+def by_itself(place: Place, case: Case, steps: int) -> float:
+    """Seconds of a step of all units on this rank, which exchanges nothing with another; the first is not timed."""
+    pair = _pair(case)
+    section = _section(pair, steps, schedule="parallel")
+    imitator, batches = pair.imitator(section, Replicas.alone(place.rank)), pair.stream()
+    (phase,) = phases(section, case.blocks, pair.learns_stem)
+    imitator.begin(phase)
+    for step in range(steps):
+        if step == 1:
+            began = time.perf_counter()
+        batch = to_device(batches.micro_batch(step, 0))
+        imitator.step(phase, Entry(batch, batch))
+        imitator.update(phase, step)
+    seconds = (time.perf_counter() - began) / (steps - 1)
+    imitator.close()
+    forget_replicas()
+    return seconds
+
+
 def by_block(place: Place, case: Case, blocks: list[list[int]], together: bool, steps: int, folder: Path) -> dict[int, Taken]:
     """Arms (a) and (b): block after block, each on teacher activations made anew from the stem for every batch.
 

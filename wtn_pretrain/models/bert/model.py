@@ -55,6 +55,11 @@ def restarting(index_S: Tensor, segments_BS: Tensor) -> Tensor:
     return index_S - F.pad(first, (1, 0))
 
 
+def rate(dropout: nn.Dropout) -> float:
+    """With which probability a dropout drops now: it may be off where the rest of the network trains."""
+    return dropout.p if dropout.training else 0.0
+
+
 class GeluLinear(nn.Linear):
     """A linear layer and the exact GELU of what it gives."""
 
@@ -69,7 +74,7 @@ class AddNorm(nn.LayerNorm):
         """The norm of `x`; with `added`, the norm of x + dropout(added), and that sum."""
         if added is None:
             return super().forward(x)
-        return dropout_add_norm(added, None, x, self.weight, self.bias, self.eps, dropout, self.training)
+        return dropout_add_norm(added, None, x, self.weight, self.bias, self.eps, dropout, training=True)
 
 
 class BertBlock(nn.Module):
@@ -109,8 +114,7 @@ class BertBlock(nn.Module):
         q_BHSK, k_BHSK, v_BHSK = (projection(x_BSD).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value))
         if taps is not None:
             taps["attention"] = self._scores(q_BHSK, k_BHSK, mask)
-        dropout = self.attention_dropout.p if self.attention_dropout.training else 0.0
-        return self.attention_output(attend(q_BHSK, k_BHSK, v_BHSK, mask, dropout).transpose(1, 2).flatten(2))
+        return self.attention_output(attend(q_BHSK, k_BHSK, v_BHSK, mask, rate(self.attention_dropout)).transpose(1, 2).flatten(2))
 
     def _scores(self, q_BHSK: Tensor, k_BHSK: Tensor, mask: Tensor | None) -> Tensor:
         scores_BHSS = q_BHSK @ k_BHSK.transpose(-1, -2) * self.head_size**-0.5
@@ -125,7 +129,7 @@ class BertBlock(nn.Module):
 
     def _join(self, x_BSD: Tensor, added_BSD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The norm of x + dropout(added), and that sum."""
-        return norm(x_BSD, added_BSD, self.dropout.p)
+        return norm(x_BSD, added_BSD, rate(self.dropout))
 
 
 class BertHead(nn.Module):
