@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from wtn_pretrain.config import describe
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.errors import Preempted, UserError
 
 if TYPE_CHECKING:
     from wtn_pretrain.stages import Stages
 
 USAGE_ERROR = 2
+AGAIN = 75
+"""The exit code of a run that was left early and continues with the same command (EX_TEMPFAIL)."""
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -71,6 +73,10 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         if first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         code = USAGE_ERROR
+    except Preempted as reason:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{reason}; the same command continues", file=sys.stderr)
+        code = AGAIN
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
         code = 130

@@ -40,6 +40,7 @@ from wtn_pretrain.imitation.wiring import Wiring
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.models.store import load_part, save_network
 from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
+from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.parallel.replicas import forget_replicas
 from wtn_pretrain.parallel.watch import Watch
@@ -85,8 +86,11 @@ class Narrow:
         folder: Path,
         place: Place,
         settings: dict[str, Section],
+        notice: Notice,
     ) -> None:
-        """`teacher` holds the wide network, `folder` receives the thin one; both are seen by all ranks. `settings` made the data."""
+        """`teacher` holds the wide network, `folder` receives the thin one; both are seen by all ranks. `settings` made the data.
+        `notice`: on which the stage is left early."""
+        self.notice = notice
         self.section, self.task, self.thin, self.wide, self.pairing = section, task, thin, wide, pairing
         self.teacher, self.folder, self.place, self.settings = teacher, folder, place, settings
         self.counts = task.forward_flops(thin), task.forward_flops(wide)
@@ -146,7 +150,7 @@ class Narrow:
         taught = None
         if store_of_answers is not None:
             taught = self._taught(store_of_answers, imitator, wiring, stream, observer, store)
-        position = Run(imitator, order, stream, self.folder, wiring, taught).go()
+        position = Run(imitator, order, stream, self.folder, wiring, taught, notice=self.notice).go()
         errors = imitation_errors(imitator, wiring, batches(self.task.valid, rows), ERROR_BATCHES)
         imitator.close()
         residence.close()

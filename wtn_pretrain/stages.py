@@ -19,6 +19,7 @@ from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.store import load_network, load_shape, save_network
 from wtn_pretrain.narrow import Narrow
 from wtn_pretrain.parallel.launch import Place, require_same, wait_for_all
+from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.recipe import Recipe, check_writable
 from wtn_pretrain.tasks.base import Task
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
@@ -41,6 +42,7 @@ class Stages:
 
     def __init__(self, recipe: Recipe, place: Place) -> None:
         self.recipe, self.place = recipe, place
+        self.notice = Notice(60 * recipe.run.time_limit)
         check_writable(recipe.place())
         self.folder = RunFolder(recipe.place())
         self.folder.check(dump_yaml(recipe))
@@ -93,7 +95,9 @@ class Stages:
                 f"{teacher}: holds a network of another shape than this run's wide one; train it again under another --run.name"
             )
         settings: dict[str, Section] = {"data": self.recipe.data, "task": self.recipe.task}
-        stage = Narrow(self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings)
+        stage = Narrow(
+            self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings, self.notice
+        )
         # students that share a cache see the same batches
         data_seed = self.recipe.run.seed if self.recipe.narrow.cache else seed
         stage.go(seed, data_seed, lambda result: self.folder.finish(folder, result))
@@ -114,7 +118,7 @@ class Stages:
             return finished
         torch.manual_seed(init)
         network = start() if start else shape.build()
-        trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place)
+        trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place, notice=self.notice)
         forward = self.task.stage_flops(shape, section.steps)
         result = {
             **trained.score,

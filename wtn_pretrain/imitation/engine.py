@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wtn_pretrain.data.stream import BatchStream, Dataset
 from wtn_pretrain.device import device, to_device
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.imitator import Entry, Imitator
@@ -28,6 +28,7 @@ from wtn_pretrain.imitation.taught import Taught, TaughtUnit
 from wtn_pretrain.imitation.wiring import Wiring
 from wtn_pretrain.models.base import Carry, Flow, Taps
 from wtn_pretrain.parallel.launch import Place, shared_store
+from wtn_pretrain.parallel.preemption import Departure, Notice
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.training.monitor import Monitor
 
@@ -63,9 +64,10 @@ class Run:
         wiring: Wiring | None = None,
         taught: Taught | None = None,
         stage: str = "narrow",
+        notice: Notice | None = None,
     ) -> None:
         """`stream` gives this rank's rows of the micro-batches; only the ranks of the first span read it. `taught`: the teacher's
-        answers where they are known."""
+        answers where they are known. `notice`: on which the run is left early."""
         self.imitator, self.phases, self.stream, self.folder, self.stage = imitator, phases, stream, folder, stage
         self.wiring = wiring or Wiring(single(len(imitator.units)), Place(0, 1), stream.micro_batch_size)
         self.taught, self._observer = taught, imitator.observer
@@ -76,6 +78,9 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self._arrived = lambda name: store.add(f"saved-{name}", 1)
         self._unsaid: list[tuple[int, Position]] = []
+        self._whole = 0
+        """The step after which all units stand at one step again."""
+        self._departure = Departure(notice, self.wiring.place) if notice else None
         self.position = self.checkpoints.latest()
         self.first_phase, self.first_step = 0, 0
         if self.position:
@@ -85,7 +90,11 @@ class Run:
         self.progress = Progress(self.monitor, self.wiring, store, start, self.total, stream.batch_size, section.log_every)
 
     def go(self) -> Position:
-        """Runs what is left of the schedule; where its last checkpoint stands."""
+        """Runs what is left of the schedule; where its last checkpoint stands.
+
+        Raises:
+            Preempted: the notice came; all ranks have saved the same step.
+        """
         outbox = Outbox(self.wiring.above, self.imitator.section.in_flight, self._observer.lane) if self.wiring.above else None
         for number in range(self.first_phase, len(self.phases)):
             phase = self.phases[number]
@@ -111,28 +120,45 @@ class Run:
                     continue
                 self.imitator.work.seconds += time.monotonic() - began
                 done = step + 1
-                saving = (before + done) % self.every == 0 or before + done == self.total
+                leaving = before + done == self._whole < self.total and self._departure is not None and self._departure.due(self._whole)
+                saving = leaving or (before + done) % self.every == 0 or before + done == self.total
                 reported = self.progress.logs(before + done)
                 values = self._losses(phase, before + done, sums) if reported or saving or done == phase.steps else {}
-                self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None)
+                self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None, now=leaving)
                 self._say_saved()
                 if saving:
                     self._save(number, done)
+                if leaving:
+                    self._leave(before + done)
                 began = time.monotonic()
             self.imitator.work.seconds += time.monotonic() - began
         if outbox is not None:
             assert self.wiring.above is not None
             with self._observer.output(self.wiring.above.ranks):
                 outbox.close()
-        with self._observer.waiting():
-            while not self.progress.finish():
-                self._say_saved()
-                time.sleep(0.02)
-            self._say_saved()
+        self._all_reported(self.total)
         self.monitor.close()
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
         last = len(self.phases) - 1
         return Position(last, self.phases[last].steps, str(self.wiring.plan), zero_stage(self.imitator.section))
+
+    def _leave(self, step: int) -> None:
+        """Ends the run here, unless a rank has gone on."""
+        assert self._departure is not None
+        with self._observer.waiting():
+            together = self._departure.together(step)
+        if together:
+            self._all_reported(step)
+            self.monitor.close()
+            raise Preempted(f"{self.stage}: left after step {step} of {self.total} on {self._departure.why}, all saved")
+
+    def _all_reported(self, step: int) -> None:
+        """Waits, on the first rank, until all spans have reported `step`, and lets checkpoints count."""
+        with self._observer.waiting():
+            while not self.progress.finish(step):
+                self._say_saved()
+                time.sleep(0.02)
+            self._say_saved()
 
     def _save(self, phase: int, step: int) -> None:
         with self._observer.allow(SAVE, "save"):
@@ -171,6 +197,7 @@ class Run:
         while step < phase.steps:
             self._observer.step = before + step + 1
             if not self.imitator.residence.students_move:
+                self._whole = before + step + 1
                 for _ in range(accumulation):
                     losses = self.imitator.step(phase, next(entries), send, answers())
                     yield losses, self.imitator.update(phase, step)
@@ -178,6 +205,7 @@ class Run:
                 continue
             # a visit may not go past a checkpoint, where all units stand at one step
             until = min(step + self.imitator.section.offload_batches, phase.steps, self._next_save(before + step) - before)
+            self._whole = before + until
             count = (until - step) * accumulation
             visitors = list(islice(entries, count))
             taught = [found for _ in range(count) if (found := answers()) is not None]
@@ -212,7 +240,7 @@ class Run:
         target_store = ActivationStore(self._place("teacher", index), batches)
         kept = self.taught is None and (index < len(self.imitator.units) - 1 or batches < phase.steps * accumulation)
         for micro in range(start * accumulation, phase.steps * accumulation):
-            self._observer.step = before + micro // accumulation + 1
+            self._whole = self._observer.step = before + micro // accumulation + 1
             position = micro % batches
             teacher = self._flow(teacher_in, position)
             student = teacher if fed_by_one else self._flow(student_in, position)

@@ -29,18 +29,19 @@ class Progress:
         """Whether the losses of a step are to be reported."""
         return step % self._log_every == 0 or step == self._total
 
-    def done(self, step: int, details: Mapping[str, Any], losses: Mapping[int, float] | None) -> None:
-        """This rank has done `step` (from 1, over all phases). `losses`: unit -> loss, at the steps that are logged."""
+    def done(self, step: int, details: Mapping[str, Any], losses: Mapping[int, float] | None, now: bool = False) -> None:
+        """This rank has done `step` (from 1, over all phases). `losses`: unit -> loss, at the steps that are logged. `now`: others hear of
+        it at once."""
         if not self._wiring.leads:
             return
         if losses is not None:
             self._store.set(f"losses-{step}-{self._wiring.seat.span}", json.dumps(dict(losses)))
         if self._wiring.seat.span == 0:
             self._details[step] = dict(details)
-        now = time.monotonic()
-        if self._spans > 1 and losses is None and step < self._total and now - self._looked < EVERY:
+        moment = time.monotonic()
+        if self._spans > 1 and losses is None and step < self._total and not now and moment - self._looked < EVERY:
             return
-        self._looked = now
+        self._looked = moment
         self._store.add(f"at-{self._wiring.seat.span}", step - self._told)
         self._told = step
         if self._wiring.seat.span == 0:
@@ -51,11 +52,11 @@ class Progress:
         """The last step that rank 0 has written down; elsewhere all of them."""
         return self._reported if self._wiring.place.rank == 0 else self._total
 
-    def finish(self) -> bool:
-        """Reports what has come in since; whether all spans are through."""
+    def finish(self, step: int) -> bool:
+        """Reports what has come in since; whether all spans have done `step`."""
         if self._wiring.place.rank == 0:
             self._report()
-        return self._wiring.place.rank != 0 or self._reported == self._total
+        return self._wiring.place.rank != 0 or self._reported >= step
 
     def _report(self) -> None:
         through = self._start + min(self._store.add(f"at-{span}", 0) for span in range(self._spans))

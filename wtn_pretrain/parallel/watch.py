@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed
 
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.parallel.circle import Seat, join
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.verdict import ALL, Beat, Pace, Verdict, state_of, this_process
@@ -131,7 +131,7 @@ class Watch:
         if self._alone or self._closing:
             return
         code = exit_code(error)
-        if error is None or code == 0:
+        if error is None or code == 0 or isinstance(error, Preempted):
             self.close()
             return
         if is_of_a_connection(error):

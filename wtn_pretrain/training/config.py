@@ -82,6 +82,8 @@ class TrainSection(Section):
     """Steps between checkpoints; 0: ten in a run."""
     log_every: int = Field(20, ge=1)
     """Steps between log records."""
+    patience: float = Field(600.0, ge=1)
+    """Seconds without progress in a step after which a rank counts as hung and the run ends; a dead or stopped one is noticed in 30."""
 
     @property
     def products(self) -> Literal["fp32", "tf32", "bf16", "fp16"]:

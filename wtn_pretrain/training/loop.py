@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wtn_pretrain.data.prefetch import on_device
-from wtn_pretrain.data.stream import batches
+from wtn_pretrain.data.stream import Batch, batches
 from wtn_pretrain.device import device, peak_flops, peak_memory, to_device
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place
+from wtn_pretrain.parallel.preemption import Departure, Notice
+from wtn_pretrain.parallel.watch import Watch
 from wtn_pretrain.tasks.base import Task, TaskModule
 from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints
 from wtn_pretrain.training.config import TrainSection
@@ -25,6 +27,11 @@ from wtn_pretrain.training.ema import Average
 from wtn_pretrain.training.engine import gathered_state, gradient_norm, start_engine
 from wtn_pretrain.training.monitor import Monitor, Work
 from wtn_pretrain.training.schedules import scale
+
+SILENCE = 30.0
+"""Seconds after which a rank that is not heard of counts as lost; one that dies is noticed at once."""
+START, SAVE, EVALUATE = 1800.0, 1800.0, 3600.0
+"""Seconds that starting with the first step, a save and a validation may take before a rank counts as hung."""
 
 
 class Trained(NamedTuple):
@@ -43,80 +50,146 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 4099 + rank
 
 
-def train(network: BlockNetwork, task: Task, section: TrainSection, *, stage: str, folder: Path, seed: int, place: Place) -> Trained:
-    """Trains `network` on `task` through DeepSpeed, continuing from the newest checkpoint in `folder` if there is one."""
-    grid = Grid(place, section.tensor_parallel, f"{stage}.tensor_parallel")
-    stream = task.stream(
-        section.batch_size,
-        steps=section.steps,
-        seed=seed,
-        micro_batch_size=section.micro_batch_size or None,
-        rank=grid.data_index,
-        world_size=grid.data_count,
-    )
-    if grid.tensor_group is not None:
-        network.divide(grid.tensor_group, section.sequence_parallel)
-    module = TaskModule(network, task).to(device())
-    engine = start_engine(module, section, stage, grid.data_count, stream.accumulation, mpu=grid if section.tensor_parallel > 1 else None)
-    average = Average(network, section.ema) if section.ema else None
-    identity: dict[str, int | str] = {
-        "stage": stage,
-        "seed": seed,
-        "samples": len(task.train),
-        "batch_size": section.batch_size,
-        "optimizer": section.optimizer.name,
-    }
-    beside = {"average": average} if average else {}
-    checkpoints = Checkpoints(folder / "checkpoints", engine, network, place, identity=identity, beside=beside)
-    start, spent = checkpoints.resume()
-    every = section.checkpoint_every or max(1, section.steps // 10)
-    work = Work(place.world_size, task.length or 0, peak_flops(section.products), peak_memory)
-    monitor = Monitor(folder, stage, section.steps, start=start, log_every=section.log_every, rank=place.rank, work=work)
-    began = time.monotonic()
-    engine.train()
-    for step, micro_batches in enumerate(on_device(stream.iterate(start, section.steps)), start=start):
+def train(
+    network: BlockNetwork,
+    task: Task,
+    section: TrainSection,
+    *,
+    stage: str,
+    folder: Path,
+    seed: int,
+    place: Place,
+    notice: Notice | None = None,
+) -> Trained:
+    """Trains `network` on `task` through DeepSpeed, continuing from the newest checkpoint in `folder` if there is one.
+
+    Raises:
+        Preempted: `notice` came; a checkpoint of the last step is kept.
+    """
+    departure = Departure(notice, place) if notice else None
+    with Watch(place, [f"rank {rank}" for rank in range(place.world_size)], SILENCE) as watch:
+        with watch.allow(START, "start"):
+            run = _Training(network, task, section, stage, folder, seed, place, watch)
+        return run.go(departure)
+
+
+class _Training:
+    """One start of a stage on this rank."""
+
+    def __init__(
+        self, network: BlockNetwork, task: Task, section: TrainSection, stage: str, folder: Path, seed: int, place: Place, watch: Watch
+    ) -> None:
+        self.network, self.task, self.section, self.stage, self.seed, self.watch = network, task, section, stage, seed, watch
+        self.grid = grid = Grid(place, section.tensor_parallel, f"{stage}.tensor_parallel")
+        self.stream = task.stream(
+            section.batch_size,
+            steps=section.steps,
+            seed=seed,
+            micro_batch_size=section.micro_batch_size or None,
+            rank=grid.data_index,
+            world_size=grid.data_count,
+        )
+        if grid.tensor_group is not None:
+            network.divide(grid.tensor_group, section.sequence_parallel)
+        module = TaskModule(network, task).to(device())
+        mpu = grid if section.tensor_parallel > 1 else None
+        self.engine = start_engine(module, section, stage, grid.data_count, self.stream.accumulation, mpu=mpu)
+        self.average = Average(network, section.ema) if section.ema else None
+        identity: dict[str, int | str] = {
+            "stage": stage,
+            "seed": seed,
+            "samples": len(task.train),
+            "batch_size": section.batch_size,
+            "optimizer": section.optimizer.name,
+        }
+        beside = {"average": self.average} if self.average else {}
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.engine, network, place, identity=identity, beside=beside)
+        self.start, self.spent = self.checkpoints.resume()
+        work = Work(place.world_size, task.length or 0, peak_flops(section.products), peak_memory)
+        self.monitor = Monitor(folder, stage, section.steps, start=self.start, log_every=section.log_every, rank=place.rank, work=work)
+
+    def go(self, departure: Departure | None) -> Trained:
+        """Trains what is left, evaluates, and gathers the network."""
+        section, last = self.section, self.section.steps
+        every = section.checkpoint_every or max(1, last // 10)
+        began = time.monotonic() - self.spent
+        self.engine.train()
+        self.watch.at("data", self.start + 1)
+        for step, micro_batches in enumerate(on_device(self.stream.iterate(self.start, last)), start=self.start):
+            done = step + 1
+            leaving = departure is not None and done < last and departure.due(done)
+            saving = leaving or (done % every == 0 and done < last)
+            telling = done % section.log_every == 0 or done == last
+            # the first step meets the other ranks, and may compile
+            with self.watch.allow(section.patience if step > self.start else START, "step"):
+                sums, told = self._step(step, micro_batches, telling)
+                if saving or telling:
+                    sums = _mean_over_ranks(sums)
+                    _require_finite(sums["loss"], self.stage, done, self.checkpoints.folder)
+            # a backward pass costs twice a forward pass
+            flops = 3 * self.task.step_flops(self.network.config, step, last).total * section.batch_size
+            self.monitor.step(done, {**sums, **told}, samples=section.batch_size, flops=flops)
+            if section.evaluate_every and done % section.evaluate_every == 0 and done < last:
+                self.monitor.evaluated(done, self._evaluated())
+            if saving:
+                with self.watch.allow(SAVE, "save"):
+                    saved = self.checkpoints.save(done, time.monotonic() - began)
+                self.monitor.event("checkpoint", step=done, **saved._asdict())
+            if leaving and departure is not None and self._left(departure, done):
+                raise Preempted(f"{self.stage}: left after step {done} of {last} on {departure.why}, all saved")
+            self.watch.at("data", done + 1)
+        spent = time.monotonic() - began
+        score = self._evaluated()
+        with self.watch.allow(SAVE, "save"), self._averaged():
+            state = gathered_state(self.engine, self.network)
+            self.monitor.evaluated(last, score)
+            self._close()
+        return Trained(state, score, spent)
+
+    def _step(self, step: int, micro_batches: Sequence[Batch], telling: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One optimizer step: its losses, and what else a record says of it if it is `telling`."""
+        section, engine = self.section, self.engine
         rate = section.optimizer.lr * scale(section.schedule, step, section.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         # the ranks of a tensor group draw alike
-        torch.manual_seed(step_seed(seed, step, grid.data_index))
-        done = step + 1
-        saving = done % every == 0 and done < section.steps
-        telling = done % section.log_every == 0 or done == section.steps
+        torch.manual_seed(step_seed(self.seed, step, self.grid.data_index))
         sums: dict[str, Tensor] = {}
         norm = None
         for number, batch in enumerate(micro_batches, start=1):
+            self.watch.at(f"micro-batch {number}", step + 1)
             losses = engine(to_device(batch))
             engine.backward(losses["loss"])
-            if telling and number == stream.accumulation:
+            if telling and number == self.stream.accumulation:
                 norm = gradient_norm(engine)
-            _step(engine, stage, done)
+            _step(engine, self.stage, step + 1)
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / stream.accumulation
-        if average is not None and engine.was_step_applied():
-            average.update()
-        if saving or telling:
-            sums = _mean_over_ranks(sums)
-            _require_finite(sums["loss"], stage, done, checkpoints.folder)
-        told = _told(engine, norm) if telling else {}
-        # a backward pass costs twice a forward pass
-        flops = 3 * task.step_flops(network.config, step, section.steps).total * section.batch_size
-        monitor.step(done, {**sums, "lr": rate, **told}, samples=section.batch_size, flops=flops)
-        if section.evaluate_every and done % section.evaluate_every == 0 and done < section.steps:
-            with average.swap() if average else nullcontext():
-                monitor.evaluated(done, _evaluate(engine, task, grid))
-        if saving:
-            saved = checkpoints.save(done, spent + time.monotonic() - began)
-            monitor.event("checkpoint", step=done, **saved._asdict())
-    spent += time.monotonic() - began
-    with average.swap() if average else nullcontext():
-        score = _evaluate(engine, task, grid)
-        state = gathered_state(engine, network)
-    monitor.evaluated(section.steps, score)
-    checkpoints.close()
-    monitor.close()
-    engine.destroy()
-    return Trained(state, score, spent)
+                sums[name] = sums.get(name, 0) + value.detach() / self.stream.accumulation
+        if self.average is not None and engine.was_step_applied():
+            self.average.update()
+        return sums, {"lr": rate, **(_told(engine, norm) if telling else {})}
+
+    def _averaged(self) -> AbstractContextManager[Any]:
+        """Within, the network holds the average of its weights, if there is one."""
+        return self.average.swap() if self.average else nullcontext()
+
+    def _evaluated(self) -> dict[str, float]:
+        with self.watch.allow(EVALUATE, "evaluate"), self._averaged():
+            return _evaluate(self.engine, self.task, self.grid)
+
+    def _left(self, departure: Departure, step: int) -> bool:
+        """Whether all ranks leave after `step` steps, all of which is then written."""
+        with self.watch.waiting():
+            if not departure.together(step):
+                return False
+        with self.watch.allow(SAVE, "save"):
+            self._close()
+        return True
+
+    def _close(self) -> None:
+        self.checkpoints.close()
+        self.monitor.close()
+        self.engine.destroy()
 
 
 def _step(engine: Any, stage: str, step: int) -> None:
