@@ -94,6 +94,7 @@ class Stages:
             raise UserError(
                 f"{teacher}: holds a network of another shape than this run's wide one; train it again under another --run.name"
             )
+        self._begin()
         settings: dict[str, Section] = {"data": self.recipe.data, "task": self.recipe.task}
         stage = Narrow(
             self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings, self.notice
@@ -102,6 +103,12 @@ class Stages:
         data_seed = self.recipe.run.seed if self.recipe.narrow.cache else seed
         stage.go(seed, data_seed, lambda result: self.folder.finish(folder, result))
         return self.folder.result(folder) or {}
+
+    def _begin(self) -> None:
+        """Keeps others from this run while a stage is at work on it."""
+        if self.place.rank == 0:
+            self.folder.lock()
+        wait_for_all(self.place)
 
     def _train(
         self,
@@ -116,6 +123,7 @@ class Stages:
         finished = self.folder.result(folder)
         if finished:
             return finished
+        self._begin()
         torch.manual_seed(init)
         network = start() if start else shape.build()
         trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place, notice=self.notice)
