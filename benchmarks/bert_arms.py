@@ -140,9 +140,9 @@ class Watched(MlmTask):
 
     clock: Clock
 
-    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor], terms: Tensor | None = None) -> dict[str, Tensor]:
         self.clock.mark("begin")
-        losses = super().loss(network, batch)
+        losses = super().loss(network, batch, terms)
         self.clock.mark("end")
         self.clock.loss = losses["loss"].detach()
         return losses

@@ -47,6 +47,7 @@ MILD = {**LARS, "wide.optimizer.lr": 0.2, "wide.optimizer.trust": 0.05}
 THREE = {"wide.batch_size": 18}
 """What three ranks divide."""
 AVERAGED = {"wide.ema": 0.8}
+PACKED = {"data.packing": "documents"}
 OFFLOADED = {"wide.deepspeed": "ds_configs/zero2_offload.json"}
 CASES = {
     "bert, ZeRO 0": Case(BERT, zero(0)),
@@ -72,6 +73,8 @@ CASES = {
     "bert, LARS, ZeRO 1": Case(BERT, zero(1), LARS),
     "bert, LARS, ZeRO 2": Case(BERT, zero(2), LARS),
     "resnet, LARS, ZeRO 2, three ranks": Case(RESNET, zero(2), {**MILD, **THREE}, ranks=3),
+    # rows have unequal numbers of masked tokens
+    "bert, packed documents, ZeRO 1": Case(BERT, {**zero(1), "wide.micro_batch_size": 2}, PACKED),
     "bert, averaged, ZeRO 2": Case(BERT, zero(2), AVERAGED),
     "resnet, averaged, ZeRO 1": Case(RESNET, zero(1), AVERAGED),
     "bert, ZeRO 3, activations computed anew": Case(BERT, {**zero(3), "wide.checkpoint_activations": True}),

@@ -36,8 +36,19 @@ class Task(ABC):
         """`config` with what the data decides (vocabulary, classes, image size) filled in, or a refusal where they disagree."""
 
     @abstractmethod
-    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean loss of a micro-batch under `loss`, with its named components."""
+    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor], terms: Tensor | None = None) -> dict[str, Tensor]:
+        """The mean loss of a micro-batch under `loss`, with its named components.
+
+        Args:
+            terms: what to divide by instead of the number of terms that this micro-batch has, see `terms`.
+        """
+
+    def terms(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """How many terms the mean of `loss` is over, a scalar; None where that is as many for all micro-batches of a size.
+
+        Divided by their mean number, losses of unequal micro-batches average to the loss of the whole batch.
+        """
+        return None
 
     @abstractmethod
     def tally(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,8 +102,8 @@ class TaskModule(nn.Module):
         self.network = network
         self.task = task
 
-    def forward(self, batch: Mapping[str, Tensor], measure: bool = False) -> dict[str, Tensor]:
-        return self.task.tally(self.network, batch) if measure else self.task.loss(self.network, batch)
+    def forward(self, batch: Mapping[str, Tensor], measure: bool = False, terms: Tensor | None = None) -> dict[str, Tensor]:
+        return self.task.tally(self.network, batch) if measure else self.task.loss(self.network, batch, terms)
 
 
 def classified(logits: Tensor, targets: Tensor, ignore: int = -100) -> dict[str, Tensor]:

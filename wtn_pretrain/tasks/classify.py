@@ -51,7 +51,7 @@ class ClassifyTask(Task):
                 )
         return config.model_copy(update=facts)
 
-    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor], terms: Tensor | None = None) -> dict[str, Tensor]:
         logits = network(batch).float()
         if "own_share" not in batch:
             return {"loss": F.cross_entropy(logits, batch["labels"], label_smoothing=self.smoothing)}

@@ -77,15 +77,18 @@ class MlmTask(Task):
             )
         return config.model_copy(update={"vocab_size": config.vocab_size or words})
 
-    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def loss(self, network: BlockNetwork, batch: Mapping[str, Tensor], terms: Tensor | None = None) -> dict[str, Tensor]:
         carry = network.features(batch)
         total, count = network.head.losses(carry, batch["positions"], batch["targets"], IGNORED)
         # whole words may leave a batch without a single target: a loss of zero then, not zero by zero
-        masked = total / count.clamp_min(1)
+        masked = total / (count.clamp_min(1) if terms is None else terms)
         if "pair_label" not in batch:
             return {"loss": masked}
         pair = F.cross_entropy(network.head.pair_logits(carry).float(), batch["pair_label"])
         return {"loss": masked + pair, "masked": masked, "pair": pair}
+
+    def terms(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return (batch["targets"] != IGNORED).sum()
 
     def tally(self, network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return classified(network(batch, positions=batch["positions"]), batch["targets"])

@@ -155,10 +155,10 @@ class _Training:
         # the ranks of a tensor group draw alike
         torch.manual_seed(step_seed(self.seed, step, self.grid.data_index))
         sums: dict[str, Tensor] = {}
-        norm = None
+        norm, terms = None, self._terms(micro_batches)
         for number, batch in enumerate(micro_batches, start=1):
             self.watch.at(f"micro-batch {number}", step + 1)
-            losses = engine(to_device(batch))
+            losses = engine(to_device(batch), terms=terms)
             engine.backward(losses["loss"])
             if telling and number == self.stream.accumulation:
                 norm = gradient_norm(engine)
@@ -168,6 +168,16 @@ class _Training:
         if self.average is not None and engine.was_step_applied():
             self.average.update()
         return sums, {"lr": rate, **(_told(engine, norm) if telling else {})}
+
+    def _terms(self, micro_batches: Sequence[Batch]) -> Tensor | None:
+        """The mean number of terms that a micro-batch of this step has, over all data ranks; None where all have as many."""
+        counts = [count for batch in micro_batches if (count := self.task.terms(batch)) is not None]
+        if not counts:
+            return None
+        total = torch.stack(counts).sum().float().to(device())
+        if self.grid.data_count > 1:
+            dist.all_reduce(total, group=self.grid.data_group)
+        return total.clamp_min(1) / (self.stream.accumulation * self.grid.data_count)
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Within, the network holds the average of its weights, if there is one."""
