@@ -12,6 +12,7 @@ from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.imitation.bridges import bridge_kinds
+from wtn_pretrain.imitation.learner import learner_config
 from wtn_pretrain.imitation.pairing import pair
 from wtn_pretrain.kernels.select import activate
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
@@ -25,6 +26,7 @@ from wtn_pretrain.tasks.base import Task
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
 from wtn_pretrain.training.config import TrainSection
+from wtn_pretrain.training.engine import deepspeed_config
 from wtn_pretrain.training.loop import train
 
 
@@ -57,6 +59,9 @@ class Stages:
                 reason = shape.why_not_divisible(section.tensor_parallel, length)
                 if reason:
                     raise UserError(f"{name}.tensor_parallel: {reason}")
+            # what a later stage cannot do is said before the first one begins
+            deepspeed_config(section, name, 1, 1)
+        learner_config(recipe.narrow, 1)
         with torch.device("meta"):
             # refused before the wide network is trained, not after
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)

@@ -62,9 +62,18 @@ def draw_alike(network: BertNetwork, count: int, sequence: bool) -> None:
     def drop(dropout: nn.Dropout) -> Any:
         return lambda x: masks.drop(dropout, x)
 
+    def join(block: BertBlock) -> Any:
+        def joined(x: Tensor, added: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+            total = x + masks.drop(block.dropout, added)
+            return norm(total), total
+
+        return joined
+
     for module in network.modules():
         if isinstance(module, BertBlock):
             module._attend = attend(module)  # type: ignore[method-assign]
+            if sequence:
+                module._join = join(module)  # type: ignore[method-assign]
         if sequence and isinstance(module, nn.Dropout) and not any(module is block.attention_dropout for block in network.blocks):
             module.forward = drop(module)  # type: ignore[method-assign]
 
