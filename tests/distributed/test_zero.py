@@ -46,6 +46,7 @@ LARS = {"wide.optimizer.name": "lars", "wide.optimizer.lr": 0.5, "wide.optimizer
 MILD = {**LARS, "wide.optimizer.lr": 0.2, "wide.optimizer.trust": 0.05}
 THREE = {"wide.batch_size": 18}
 """What three ranks divide."""
+UNDECAYED = {"wide.optimizer.weight_decay": 0.0}
 AVERAGED = {"wide.ema": 0.8}
 OFFLOADED = {"wide.deepspeed": "ds_configs/zero2_offload.json"}
 CASES = {
@@ -67,10 +68,12 @@ CASES = {
     "bert, LAMB, ZeRO 2, three ranks, accumulated thrice": Case(BERT, {**zero(2), "wide.micro_batch_size": 2}, {**LAMB, **THREE}, ranks=3),
     "bert, LAMB, ZeRO 3, three ranks": Case(BERT, zero(3), {**LAMB, **THREE}, ranks=3),
     "bert, LAMB, ZeRO 2, offloaded": Case(BERT, OFFLOADED, LAMB),
+    "bert, LAMB without decay, ZeRO 2": Case(BERT, zero(2), {**LAMB, **UNDECAYED}),
     "resnet, LARS, ZeRO 0": Case(RESNET, zero(0), MILD),
     # smooth: a ReLU at its kink would turn round-off into another gradient
     "bert, LARS, ZeRO 1": Case(BERT, zero(1), LARS),
     "bert, LARS, ZeRO 2": Case(BERT, zero(2), LARS),
+    "bert, LARS without decay, ZeRO 3": Case(BERT, zero(3), {**LARS, **UNDECAYED}),
     "resnet, LARS, ZeRO 2, three ranks": Case(RESNET, zero(2), {**MILD, **THREE}, ranks=3),
     "bert, averaged, ZeRO 2": Case(BERT, zero(2), AVERAGED),
     "resnet, averaged, ZeRO 1": Case(RESNET, zero(1), AVERAGED),
@@ -111,7 +114,7 @@ class PlainLamb:
                 square.mul_(second).add_((1 - second) * weight.grad**2)
                 ratio = mean / (1 - first**self.count) / ((square / (1 - second**self.count)).sqrt() + self.eps)
                 update = ratio + group["weight_decay"] * weight
-                scaled = group["weight_decay"] > 0 and weight.norm() > 0 and update.norm() > 0
+                scaled = weight.dim() > 1 and weight.norm() > 0 and update.norm() > 0
                 trust = weight.norm() / update.norm() if scaled else 1.0
                 weight -= group["lr"] * trust * update
 
@@ -128,7 +131,7 @@ class PlainLars:
         for group in self.param_groups:
             for weight in group["params"]:
                 update = weight.grad + group["weight_decay"] * weight
-                if group["weight_decay"] > 0:
+                if weight.dim() > 1:
                     update *= self.trust * weight.norm() / update.norm()
                 self.buffers[weight] = self.momentum * self.buffers[weight] + update
                 weight -= group["lr"] * self.buffers[weight]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,28 @@ def check_offload(zero: Mapping[str, Any], name: str) -> None:
             _check_nvme(zero[what], f"{name}: {what}")
 
 
+def check_buffers(zero: Mapping[str, Any], states: int, share: int, name: str) -> None:
+    """Refuses buffers in host memory through which what lies on NVMe does not pass.
+
+    Args:
+        states: tensors that the optimizer keeps of each weight.
+        share: elements of the largest part that a rank has of a parameter.
+        name: the DeepSpeed file.
+
+    Raises:
+        UserError: names the file, the key and what is enough.
+    """
+    optimizer, parameters = (zero[what] if offloads(zero, what) else {} for what in (OPTIMIZER, PARAMETERS))
+    # DeepSpeed's own numbers where the file has none
+    count, size = optimizer.get("buffer_count", 4), parameters.get("buffer_size", 100_000_000)
+    if optimizer.get("device") == "nvme" and count < states + 2:
+        raise UserError(
+            f"{name}: {OPTIMIZER}.buffer_count {count} has no room for weights, gradients and {states} states; make it {states + 2}"
+        )
+    if parameters.get("device") == "nvme" and size < share:
+        raise UserError(f"{name}: {PARAMETERS}.buffer_size {size} does not hold the largest part of a layer; make it {share} or more")
+
+
 def _check_nvme(section: Mapping[str, Any], where: str) -> None:
     path = section.get("nvme_path")
     if not path:
@@ -43,6 +66,11 @@ def _check_nvme(section: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: no folder {path}; copy the file, and name in its nvme_path a folder on a local NVMe disk")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{where}: {path} cannot be written; name another folder in nvme_path")
+    with tempfile.NamedTemporaryFile(dir=path) as probe:
+        try:
+            os.close(os.open(probe.name, os.O_RDONLY | os.O_DIRECT))
+        except OSError as error:
+            raise UserError(f"{where}: {path} takes no direct I/O ({error.strerror}); name a folder on a local NVMe disk") from None
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     require_compiler(where)
