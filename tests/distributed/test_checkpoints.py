@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import BERT, RESNET, Forge, equal_bits, losses, recipe, weights, write_recipe
+from tests.running import BERT, RESNET, Forge, compiled, equal_bits, losses, recipe, weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,25 @@ def test_an_average_is_kept_beside_the_engine(forge: Forge, tmp_path: Path) -> N
 def test_tensor_parallel_parts_are_stored_whole(forge: Forge, tmp_path: Path) -> None:
     require_same(move(forge, tmp_path, 2, "z0t2 z1 z1t2 z2t2 z0"))
     require_same(move(forge, tmp_path, 1, "z0 z2"))
+
+
+@pytest.mark.skipif(not compiled("async_io"), reason="DeepSpeed's async_io is not compiled here, which needs libaio-dev and two minutes")
+@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+def test_what_lies_on_disk_continues_anywhere_and_back(optimizer: str, forge: Forge, tmp_path: Path) -> None:
+    moves = move(forge, tmp_path, 2, "z1 z3n z3n z0", "--large", "--optimizer", optimizer)
+    if optimizer == "adamw":
+        moves += move(forge, tmp_path, 1, "z3n z2", "--large")
+    require_same(moves)
+    for record in moves:
+        stepped, parameters = record["on_disk"]
+        assert (stepped > 0 and parameters > 0) == (record["layout"] == "z3n"), record
+
+
+@pytest.mark.skipif(not compiled("cpu_adam"), reason="DeepSpeed's CPUAdam is not compiled here, which takes two minutes")
+def test_deepspeeds_kernel_and_torchs_continue_one_another(forge: Forge, tmp_path: Path) -> None:
+    moves = move(forge, tmp_path, 2, "z2o z2k z3k z0 z1k")
+    assert all(record["states"] == ["exp_avg", "exp_avg_sq"] for record in moves)
+    require_same(moves)
 
 
 def steps_of(stage: Path) -> list[int]:

@@ -4,8 +4,8 @@ The runs are real: `scripts/train_wide.py` on ranks that meet over gloo, once un
 leaves in the run's folder. The reference knows nothing of DeepSpeed nor of the package's optimizers, schedules and loop.
 """
 
+import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.running import BERT, RESNET, Forge, error_lines, losses, recipe, records, succeed, weights, write_recipe
+from tests.running import BERT, RESNET, ROOT, Forge, compiled, error_lines, losses, recipe, records, succeed, weights, write_recipe
 from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.recipe import Recipe, load_recipe
 from wtn_pretrain.stages import open_task
@@ -80,10 +80,6 @@ CASES = {
     "bert, ZeRO 3, activations computed anew": Case(BERT, {**zero(3), "wide.checkpoint_activations": True}),
     "resnet, ZeRO 2, activations computed anew": Case(RESNET, {**zero(2), "wide.checkpoint_activations": 2}),
 }
-
-
-EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-COMPILED = any(EXTENSIONS.rglob("cpu_adam*.so"))
 
 
 class Curve(NamedTuple):
@@ -234,13 +230,40 @@ def test_under_deepspeeds_launcher_too(tmp_path: Path, reference: Reference, rec
     compare("launched", case, reference(recipe(case.base)), tmp_path / "runs" / "bert" / "wide", record_property)
 
 
-@pytest.mark.skipif(not COMPILED, reason="DeepSpeed's CPUAdam is not compiled here, which takes two minutes")
+@pytest.mark.skipif(not compiled("cpu_adam"), reason="DeepSpeed's CPUAdam is not compiled here, which takes two minutes")
 def test_deepspeeds_kernel_follows_the_plain_loop(
     tmp_path: Path, forge: Forge, reference: Reference, record_property: Callable[[str, object], None]
 ) -> None:
     case = Case(BERT, {**OFFLOADED, "wide.optimizer.cpu_kernel": "deepspeed"})
     stage = several_ranks(forge, tmp_path, recipe(case.base, case.launch))
     compare("CPUAdam", case, reference(recipe(case.base)), stage, record_property)
+
+
+LARGE = {"model.hidden_size": 128, "model.intermediate_size": 2048, "model.layers": 2}
+"""Of which two ranks have shares of 1 MiB, the least that DeepSpeed swaps: the wide network's feed-forward is 128 x 4096."""
+
+
+@pytest.mark.skipif(not compiled("async_io"), reason="DeepSpeed's async_io is not compiled here, which needs libaio-dev and two minutes")
+@pytest.mark.parametrize(
+    ("parameters", "changes"), [("nvme", {}), ("none", {}), ("nvme", LAMB)], ids=["all", "optimizer alone", "all, LAMB"]
+)
+def test_what_lies_on_nvme_follows_the_plain_loop(
+    parameters: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    forge: Forge,
+    reference: Reference,
+    record_property: Callable[[str, object], None],
+) -> None:
+    settings = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
+    for what in ("offload_optimizer", "offload_param"):
+        settings["zero_optimization"][what]["nvme_path"] = str(tmp_path / "disk")
+    settings["zero_optimization"]["offload_param"] |= {"device": parameters, "buffer_size": 2**18}
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "mine.json").write_text(json.dumps(settings))
+    case = Case(BERT, {"wide.deepspeed": "mine.json"}, {**LARGE, **changes})
+    stage = several_ranks(forge, tmp_path, recipe(case.base, {**case.changes, **case.launch}))
+    compare(f"NVMe, parameters {parameters}, {changes}", case, reference(recipe(case.base, case.changes)), stage, record_property)
 
 
 def compare(name: str, case: Case, expected: Curve, stage: Path, record_property: Callable[[str, object], None]) -> None:
