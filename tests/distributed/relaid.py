@@ -3,8 +3,9 @@
     relaid.py FOLDER [--optimizer NAME] [--precision NAME] [--ema] [--large] LAYOUT ...
 
 A layout is z0, z1, z2 or z3, with t2 for two tensor-parallel ranks: z1t2; with o where the CPU steps the optimizer, k where DeepSpeed's
-kernel does, and n where optimizer and parameters lie on disk, which needs a large network: z2o, z2k, z3n, z3nk. Continues what another
-start, on any number of ranks, has left in FOLDER. Writes FOLDER/moves-N.json, N the number of ranks: a record a layout.
+kernel does, and n where the optimizer lies on disk (in bf16_weights the parameters too), which needs a large network: z2o, z2k, z3n.
+Continues what another start, on any number of ranks, has left in FOLDER. Writes FOLDER/moves-N.json, N the number of ranks: a record a
+layout.
 """
 
 import argparse
@@ -33,13 +34,14 @@ STEPS = 3
 RATES = {"adamw": 1e-2, "sgd": 0.1, "lamb": 1e-2, "lars": 10.0}
 
 
-def deepspeed_file(zero: int, offload: str, folder: Path) -> dict[str, Any]:
-    """DeepSpeed's file for a ZeRO stage: nothing offloaded, the optimizer to the CPU (`o`, `k`), or all to disk (`n`)."""
+def deepspeed_file(zero: int, offload: str, options: argparse.Namespace) -> dict[str, Any]:
+    """DeepSpeed's file for a ZeRO stage: nothing offloaded, the optimizer to the CPU (`o`, `k`), or to disk (`n`)."""
     section: dict[str, Any] = {"stage": zero}
     if offload == "n":
-        (folder / "disk").mkdir(exist_ok=True)
-        place = {"device": "nvme", "nvme_path": str(folder / "disk")}
-        section |= {"offload_optimizer": place, "offload_param": {**place, "max_in_cpu": 0, "buffer_size": 2**19}}
+        (options.folder / "disk").mkdir(exist_ok=True)
+        place = {"device": "nvme", "nvme_path": str(options.folder / "disk")}
+        weights = {**place, "max_in_cpu": 0, "buffer_size": 2**20} if options.precision == "bf16_weights" else {"device": "cpu"}
+        section |= {"offload_optimizer": place, "offload_param": weights}
     elif offload:
         section["offload_optimizer"] = {"device": "cpu"}
     return {"zero_optimization": section}
@@ -68,12 +70,12 @@ class Run:
         match = re.fullmatch(r"z(\d)(?:t(\d))?([no]?)(k?)", layout)
         assert match
         self.zero, self.grid = int(match[1]), Grid(place, int(match[2] or 1))
-        settings = options.folder / f"{layout}.json"
-        settings.write_text(json.dumps(deepspeed_file(self.zero, match[3] or match[4], options.folder)))
+        settings = options.folder / f"{layout}-{place.rank}.json"
+        settings.write_text(json.dumps(deepspeed_file(self.zero, match[3] or match[4], options)))
         # another start for each: what is not restored shows
         torch.manual_seed(sum(map(ord, layout)) + place.world_size)
-        # a rank swaps nothing that is smaller than 1 MiB
-        hidden, intermediate = (128, 4096) if options.large else (32, 72)
+        # a rank swaps nothing that is smaller than 1 MiB: of the weights of a layer, half of 128 x 8192 in bf16
+        hidden, intermediate = (128, 8192) if options.large else (32, 72)
         config = BertConfig(
             vocab_size=96,
             hidden_size=hidden,
@@ -98,7 +100,9 @@ class Run:
             deepspeed=str(settings),
         )
         self.rate = RATES[options.optimizer]
-        self.engine = start_engine(Losses(network), section, "wide", self.grid.data_count, 1, self.grid)
+        # as in the training loop: without tensor-parallel ranks DeepSpeed would take all ranks for them as it clips
+        divided = self.grid if self.grid.tensor_group is not None else None
+        self.engine = start_engine(Losses(network), section, "wide", self.grid.data_count, 1, divided)
         self.average = Average(network, 0.9) if options.ema else None
         beside = {"average": self.average} if self.average else {}
         identity = {"stage": "wide", "optimizer": options.optimizer}
@@ -174,16 +178,16 @@ def main() -> None:
         if done:
             record["as_stored"] = run.as_stored(options.folder / "checkpoints" / f"step{done}")
             record["expected"] = json.loads(told.read_text())
-        record["loss"] = run.step(done)
-        for number in range(done + 1, done + STEPS):
-            run.step(number)
-        if run.zero and not run.grid.tensor_group:
+        # the second is of weights that the states have moved
+        record["losses"] = [run.step(number) for number in range(done, done + STEPS)][:2]
+        # of a first start under ZeRO 1 and 2 DeepSpeed's accessors do not know the states
+        if done and run.zero and not run.grid.tensor_group:
             record["as_deepspeed_says"] = run.as_deepspeed_says()
         run.checkpoints.save(done + STEPS, seconds + 1.0)
         run.checkpoints.close()
         record["states"] = next(iter(run.held().values())).states
         record["on_disk"] = run.on_disk()
-        following = run.step(done + STEPS)
+        following = [run.step(done + STEPS + number) for number in range(2)]
         # nobody starts again before all have written
         dist.barrier()
         if place.rank == 0:

@@ -17,7 +17,7 @@ from wtn_pretrain.training.compilation import compile_blocks
 from wtn_pretrain.training.config import OptimizerSection, TrainSection
 from wtn_pretrain.training.monitor import say
 from wtn_pretrain.training.nvme import OwnFolders
-from wtn_pretrain.training.offload import check_buffers, check_offload, offloads, require_compiler
+from wtn_pretrain.training.offload import PARAMETERS, check_buffers, check_offload, offloads, require_compiler
 from wtn_pretrain.training.optimizers import STATES, decay_groups, follow_layers, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +68,13 @@ def deepspeed_config(section: TrainSection, stage: str, world_size: int, accumul
                 raise UserError(
                     f"{stage}.{key}: needs whole layers, and {section.deepspeed} is ZeRO 3; use ds_configs/zero2.json, or turn it off"
                 )
+    parameters = tree["zero_optimization"].get(PARAMETERS) or {}
+    if parameters.get("device") == "nvme" and section.precision in ("fp32", "bf16") and not supports_fp16():
+        # its zero.Init takes bfloat16 for the type of all weights there, whatever it is told (0.19.8)
+        raise UserError(
+            f"{section.deepspeed}: offload_param to nvme: DeepSpeed would swap fp32 weights as bfloat16 on this device ({hardware()}); "
+            f"set offload_param.device to cpu, or use {stage}.precision bf16_weights"
+        )
     if section.precision == "bf16":
         tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif section.precision == "bf16_weights":

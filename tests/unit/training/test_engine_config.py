@@ -35,6 +35,7 @@ def test_shipped_files_hold_only_what_is_deepspeeds_own(path: Path, tmp_path: Pa
             # the disk and the library are the user's
             tree["zero_optimization"][what]["nvme_path"] = str(tmp_path)
             monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+            monkeypatch.setattr(engine, "supports_fp16", lambda: True)
     config = deepspeed_config(section(written(tmp_path, tree), clip=0.5), "wide", world_size=1, accumulation=8)
     assert config["train_batch_size"] == 32
     assert config["train_micro_batch_size_per_gpu"] == 4
@@ -125,6 +126,19 @@ def test_nvme_needs_libaio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match="needs libaio.*apt-get install libaio-dev"):
         deepspeed_config(section(path), "wide", 1, 8)
+
+
+def test_fp32_parameters_are_not_swapped_as_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    path = written(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": {**NVME, "nvme_path": str(tmp_path)}}})
+    monkeypatch.setattr(engine, "supports_fp16", lambda: False)
+    with pytest.raises(UserError, match=r"would swap fp32 weights as bfloat16 on this device .*use wide.precision bf16_weights"):
+        deepspeed_config(section(path), "wide", 1, 8)
+    deepspeed_config(section(path, precision="bf16_weights"), "wide", 1, 8)
+    monkeypatch.setattr(engine, "supports_fp16", lambda: True)
+    deepspeed_config(section(path), "wide", 1, 8)
 
 
 def test_deepspeeds_kernel_steps_offloaded_adamw_alone(monkeypatch: pytest.MonkeyPatch) -> None:
