@@ -3,9 +3,8 @@
     relaid.py FOLDER [--optimizer NAME] [--precision NAME] [--ema] [--large] LAYOUT ...
 
 A layout is z0, z1, z2 or z3, with t2 for two tensor-parallel ranks: z1t2; with o where the CPU steps the optimizer, k where DeepSpeed's
-kernel does, and n where the optimizer lies on disk (in bf16_weights the parameters too), which needs a large network: z2o, z2k, z3n.
-Continues what another start, on any number of ranks, has left in FOLDER. Writes FOLDER/moves-N.json, N the number of ranks: a record a
-layout.
+kernel does, and n where the optimizer lies on disk, which needs a large network: z2o, z2k, z3n. Continues what another start, on any number of ranks, has
+left in FOLDER. Writes FOLDER/moves-N.json, N the number of ranks: a record a layout.
 """
 
 import argparse
@@ -40,8 +39,7 @@ def deepspeed_file(zero: int, offload: str, options: argparse.Namespace) -> dict
     if offload == "n":
         (options.folder / "disk").mkdir(exist_ok=True)
         place = {"device": "nvme", "nvme_path": str(options.folder / "disk")}
-        weights = {**place, "max_in_cpu": 0, "buffer_size": 2**20} if options.precision == "bf16_weights" else {"device": "cpu"}
-        section |= {"offload_optimizer": place, "offload_param": weights}
+        section |= {"offload_optimizer": place, "offload_param": {"device": "cpu"}}
     elif offload:
         section["offload_optimizer"] = {"device": "cpu"}
     return {"zero_optimization": section}
@@ -74,8 +72,8 @@ class Run:
         settings.write_text(json.dumps(deepspeed_file(self.zero, match[3] or match[4], options)))
         # another start for each: what is not restored shows
         torch.manual_seed(sum(map(ord, layout)) + place.world_size)
-        # a rank swaps nothing that is smaller than 1 MiB: of the weights of a layer, half of 128 x 8192 in bf16
-        hidden, intermediate = (128, 8192) if options.large else (32, 72)
+        # a rank swaps nothing that is smaller than 1 MiB: half of all matrices is more
+        hidden, intermediate = (128, 4096) if options.large else (32, 72)
         config = BertConfig(
             vocab_size=96,
             hidden_size=hidden,
@@ -141,11 +139,9 @@ class Run:
         """Parameters and states, whole."""
         return dict(self.checkpoints._masters.read(self.parameters))
 
-    def on_disk(self) -> list[int]:
-        """How many of the tensors that are stepped, and how many parameters, are not in memory now."""
-        stepped = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", [])
-        partitions = [parameter.ds_tensor for parameter in self.parameters.values() if hasattr(parameter, "ds_tensor")]
-        return [sum(not value.numel() for value in stepped), sum(value.status.name == "NOT_AVAILABLE" for value in partitions)]
+    def on_disk(self) -> int:
+        """How many of the tensors that are stepped are not in memory now."""
+        return sum(not value.numel() for value in getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", []))
 
     def as_deepspeed_says(self) -> bool:
         """Whether what is read is what DeepSpeed's own accessors give."""

@@ -16,8 +16,8 @@ from wtn_pretrain.training.activations import checkpoint_blocks
 from wtn_pretrain.training.compilation import compile_blocks
 from wtn_pretrain.training.config import OptimizerSection, TrainSection
 from wtn_pretrain.training.monitor import say
-from wtn_pretrain.training.nvme import OwnFolders
-from wtn_pretrain.training.offload import PARAMETERS, check_buffers, check_offload, offloads, require_compiler
+from wtn_pretrain.training.nvme import OwnFolder
+from wtn_pretrain.training.offload import check_buffers, check_offload, offloads, require_compiler
 from wtn_pretrain.training.optimizers import STATES, decay_groups, follow_layers, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,13 +68,6 @@ def deepspeed_config(section: TrainSection, stage: str, world_size: int, accumul
                 raise UserError(
                     f"{stage}.{key}: needs whole layers, and {section.deepspeed} is ZeRO 3; use ds_configs/zero2.json, or turn it off"
                 )
-    parameters = tree["zero_optimization"].get(PARAMETERS) or {}
-    if parameters.get("device") == "nvme" and section.precision in ("fp32", "bf16") and not supports_fp16():
-        # its zero.Init takes bfloat16 for the type of all weights there, whatever it is told (0.19.8)
-        raise UserError(
-            f"{section.deepspeed}: offload_param to nvme: DeepSpeed would swap fp32 weights as bfloat16 on this device ({hardware()}); "
-            f"set offload_param.device to cpu, or use {stage}.precision bf16_weights"
-        )
     if section.precision == "bf16":
         tree["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif section.precision == "bf16_weights":
@@ -169,8 +162,7 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
         raise UserError(
             f"{stage}.precision: {section.precision} would round the statistics of a {network.config.family}'s batch norms; use bf16"
         )
-    largest = max(parameter.numel() for parameter in module.parameters())
-    check_buffers(zero, STATES[section.optimizer.name], -(-largest // world_size), section.deepspeed)
+    check_buffers(zero, STATES[section.optimizer.name], section.deepspeed)
     allow_tf32(section.tf32)
     if world_size > 1:
         synchronise_batch_norm(module)
@@ -183,9 +175,9 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
         say(f"{stage}: DeepSpeed's CPUAdam steps the offloaded optimizer; its first use compiles for two minutes")
     groups = decay_groups(module.parameters(), section.optimizer.weight_decay)
     optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
-    folders = OwnFolders(zero)
+    folder = OwnFolder(zero)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    folders.go_with(engine)
+    folder.go_with(engine)
     follow_layers(engine, optimizer)
     return engine
 

@@ -1,4 +1,4 @@
-"""Folders of a process's own on NVMe.
+"""A folder of a process's own on NVMe.
 
 DeepSpeed names the files that it swaps by rank alone and leaves them behind: two runs that name one folder would write over each other's
 weights, and every run that has ended would keep its room.
@@ -13,29 +13,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from wtn_pretrain.training.offload import OPTIMIZER, PARAMETERS
+from wtn_pretrain.training.offload import OPTIMIZER
 
 _PREFIX, _LOCK = "swap-", "lock"
 
 
-class OwnFolders:
-    """A folder of this process's own inside every nvme_path of a `zero_optimization` section, which is changed to name it."""
+class OwnFolder:
+    """A folder of this process's own inside the nvme_path of a `zero_optimization` section, which is changed to name it."""
 
     def __init__(self, zero: Mapping[str, Any]) -> None:
-        self._held: dict[Path, tuple[Path, BinaryIO]] = {}
-        for what in (OPTIMIZER, PARAMETERS):
-            section = zero.get(what) or {}
-            if section.get("device") != "nvme":
-                continue
-            path = Path(section["nvme_path"]).resolve()
-            if path not in self._held:
-                _clear(path)
-                self._held[path] = _own(path)
-            section["nvme_path"] = str(self._held[path][0])
+        self._held: list[tuple[Path, BinaryIO]] = []
+        section = zero.get(OPTIMIZER) or {}
+        if section.get("device") == "nvme":
+            path = Path(section["nvme_path"])
+            _clear(path)
+            self._held.append(_own(path))
+            section["nvme_path"] = str(self._held[0][0])
 
     def go_with(self, engine: Any) -> None:
-        """Removes the folders once `engine` is gone, at the latest when the process ends; of one that was killed, the next start does."""
-        weakref.finalize(engine, _remove, list(self._held.values()))
+        """Removes the folder once `engine` is gone, at the latest when the process ends; of one that was killed, the next start does."""
+        weakref.finalize(engine, _remove, self._held)
 
 
 def _own(path: Path) -> tuple[Path, BinaryIO]:

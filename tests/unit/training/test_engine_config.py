@@ -35,7 +35,6 @@ def test_shipped_files_hold_only_what_is_deepspeeds_own(path: Path, tmp_path: Pa
             # the disk and the library are the user's
             tree["zero_optimization"][what]["nvme_path"] = str(tmp_path)
             monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
-            monkeypatch.setattr(engine, "supports_fp16", lambda: True)
     config = deepspeed_config(section(written(tmp_path, tree), clip=0.5), "wide", world_size=1, accumulation=8)
     assert config["train_batch_size"] == 32
     assert config["train_micro_batch_size_per_gpu"] == 4
@@ -105,7 +104,11 @@ OFFLOADS: dict[str, tuple[dict[str, object], str]] = {
     "optimizer under ZeRO 0": ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "needs ZeRO 1.*zero1_offload.json"),
     "parameters under ZeRO 2": ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param to cpu needs ZeRO 3.*zero3_offload.json"),
     "NVMe under ZeRO 2": ({"stage": 2, "offload_optimizer": NVME}, "offload_optimizer to nvme needs ZeRO 3.*zero3_nvme.json"),
-    "NVMe without a path": ({"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path is missing; name a folder"),
+    "NVMe without a path": ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path is missing; name a folder"),
+    "parameters on NVMe": (
+        {"stage": 3, "offload_param": NVME},
+        "offload_param to nvme fails in DeepSpeed.*set offload_param.device to cpu",
+    ),
     "NVMe without its folder": ({"stage": 3, "offload_optimizer": NVME}, "no folder nowhere; copy the file"),
     "a part of the optimizer": ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio.*optimizer.name is sgd"),
 }
@@ -126,19 +129,6 @@ def test_nvme_needs_libaio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match="needs libaio.*apt-get install libaio-dev"):
         deepspeed_config(section(path), "wide", 1, 8)
-
-
-def test_fp32_parameters_are_not_swapped_as_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
-    path = written(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": {**NVME, "nvme_path": str(tmp_path)}}})
-    monkeypatch.setattr(engine, "supports_fp16", lambda: False)
-    with pytest.raises(UserError, match=r"would swap fp32 weights as bfloat16 on this device .*use wide.precision bf16_weights"):
-        deepspeed_config(section(path), "wide", 1, 8)
-    deepspeed_config(section(path, precision="bf16_weights"), "wide", 1, 8)
-    monkeypatch.setattr(engine, "supports_fp16", lambda: True)
-    deepspeed_config(section(path), "wide", 1, 8)
 
 
 def test_deepspeeds_kernel_steps_offloaded_adamw_alone(monkeypatch: pytest.MonkeyPatch) -> None:
