@@ -3,8 +3,8 @@
     relaid.py FOLDER [--optimizer NAME] [--precision NAME] [--ema] [--large] LAYOUT ...
 
 A layout is z0, z1, z2 or z3, with t2 for two tensor-parallel ranks: z1t2; with o where the CPU steps the optimizer, k where DeepSpeed's
-kernel does, and n where the optimizer lies on disk, which needs a large network: z2o, z2k, z3n. Continues what another start, on any number of ranks, has
-left in FOLDER. Writes FOLDER/moves-N.json, N the number of ranks: a record a layout.
+kernel does, and n where the optimizer lies on disk, which needs a large network: z2o, z2k, z3n.
+Continues what another start, on any number of ranks, has left in FOLDER. Writes FOLDER/moves-N.json, N ranks: a record a layout.
 """
 
 import argparse
