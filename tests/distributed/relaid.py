@@ -98,8 +98,8 @@ class Run:
             deepspeed=str(settings),
         )
         self.rate = RATES[options.optimizer]
-        # as in the training loop: without tensor-parallel ranks DeepSpeed would take all ranks for them as it clips
-        divided = self.grid if self.grid.tensor_group is not None else None
+        # given one, DeepSpeed takes all ranks for tensor-parallel ones as it clips at ZeRO 0; it wants one ever after it had one
+        divided = self.grid if any("t" in other for other in options.layouts) else None
         self.engine = start_engine(Losses(network), section, "wide", self.grid.data_count, 1, divided)
         self.average = Average(network, 0.9) if options.ema else None
         beside = {"average": self.average} if self.average else {}
