@@ -82,6 +82,11 @@ def write_recipe(path: Path, tree: Mapping[str, Any]) -> Path:
     return path
 
 
+def compiled(op: str) -> bool:
+    """Whether DeepSpeed has compiled an op here, which takes minutes at its first use: no test waits for that."""
+    return any(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")).rglob(f"{op}*.so"))
+
+
 def free_port() -> int:
     """A port that nobody listens on, and that no outgoing connection takes meanwhile, as those have higher ones."""
     while True:

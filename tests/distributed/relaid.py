@@ -1,9 +1,10 @@
 """One training that moves from layout to layout through its checkpoints, and what is found after each move.
 
-    relaid.py FOLDER [--optimizer NAME] [--precision NAME] [--ema] LAYOUT ...
+    relaid.py FOLDER [--optimizer NAME] [--precision NAME] [--ema] [--large] LAYOUT ...
 
-A layout is z0, z1, z2 or z3, with t2 for two tensor-parallel ranks: z1t2. Continues what another start, on any number of ranks, has left in
-FOLDER. Writes FOLDER/moves-N.json, N the number of ranks: a record a layout.
+A layout is z0, z1, z2 or z3, with t2 for two tensor-parallel ranks: z1t2; with o where the CPU steps the optimizer, k where DeepSpeed's
+kernel does, and n where the optimizer lies on disk, which needs a large network: z2o, z2k, z3n.
+Continues what another start, on any number of ranks, has left in FOLDER. Writes FOLDER/moves-N.json, N ranks: a record a layout.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place, start_ranks, stop_ranks
 from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints
 from wtn_pretrain.training.checkpoint.manifest import Parts, read_manifest
+from wtn_pretrain.training.checkpoint.masters import Held
 from wtn_pretrain.training.config import OptimizerSection, TrainSection
 from wtn_pretrain.training.ema import Average
 from wtn_pretrain.training.engine import start_engine
@@ -29,6 +31,18 @@ SAMPLES = 12
 STEPS = 3
 """Under each layout, before the checkpoint."""
 RATES = {"adamw": 1e-2, "sgd": 0.1, "lamb": 1e-2, "lars": 10.0}
+
+
+def deepspeed_file(zero: int, offload: str, options: argparse.Namespace) -> dict[str, Any]:
+    """DeepSpeed's file for a ZeRO stage: nothing offloaded, the optimizer to the CPU (`o`, `k`), or to disk (`n`)."""
+    section: dict[str, Any] = {"stage": zero}
+    if offload == "n":
+        (options.folder / "disk").mkdir(exist_ok=True)
+        place = {"device": "nvme", "nvme_path": str(options.folder / "disk")}
+        section |= {"offload_optimizer": place, "offload_param": {"device": "cpu"}}
+    elif offload:
+        section["offload_optimizer"] = {"device": "cpu"}
+    return {"zero_optimization": section}
 
 
 class Losses(nn.Module):
@@ -51,17 +65,21 @@ class Run:
     """The training under one layout."""
 
     def __init__(self, options: argparse.Namespace, layout: str, place: Place) -> None:
-        match = re.fullmatch(r"z(\d)(?:t(\d))?", layout)
+        match = re.fullmatch(r"z(\d)(?:t(\d))?([no]?)(k?)", layout)
         assert match
         self.zero, self.grid = int(match[1]), Grid(place, int(match[2] or 1))
+        settings = options.folder / f"{layout}-{place.rank}.json"
+        settings.write_text(json.dumps(deepspeed_file(self.zero, match[3] or match[4], options)))
         # another start for each: what is not restored shows
         torch.manual_seed(sum(map(ord, layout)) + place.world_size)
+        # a rank swaps nothing that is smaller than 1 MiB: half of all matrices is more
+        hidden, intermediate = (128, 4096) if options.large else (32, 72)
         config = BertConfig(
             vocab_size=96,
-            hidden_size=32,
+            hidden_size=hidden,
             layers=2,
             heads=2,
-            intermediate_size=72,
+            intermediate_size=intermediate,
             max_positions=16,
             dropout=0.0,
             attention_dropout=0.0,
@@ -74,11 +92,15 @@ class Run:
             steps=100,
             batch_size=SAMPLES,
             precision=options.precision,
-            optimizer=OptimizerSection(name=options.optimizer, lr=RATES[options.optimizer], weight_decay=0.1),
-            deepspeed=f"ds_configs/zero{self.zero}.json",
+            optimizer=OptimizerSection(
+                name=options.optimizer, lr=RATES[options.optimizer], weight_decay=0.1, cpu_kernel="deepspeed" if match[4] else "torch"
+            ),
+            deepspeed=str(settings),
         )
         self.rate = RATES[options.optimizer]
-        self.engine = start_engine(Losses(network), section, "wide", self.grid.data_count, 1, self.grid)
+        # given one, DeepSpeed takes all ranks for tensor-parallel ones as it clips at ZeRO 0; it wants one ever after it had one
+        divided = self.grid if any("t" in other for other in options.layouts) else None
+        self.engine = start_engine(Losses(network), section, "wide", self.grid.data_count, 1, divided)
         self.average = Average(network, 0.9) if options.ema else None
         beside = {"average": self.average} if self.average else {}
         identity = {"stage": "wide", "optimizer": options.optimizer}
@@ -103,8 +125,8 @@ class Run:
         """Whether parameters and states are bit for bit what stands in a checkpoint."""
         manifest, parts = read_manifest(folder), Parts(folder)
         same = True
-        for name, parameter in self.parameters.items():
-            kept, held = manifest.parameters[name], self.checkpoints._masters.read(parameter)
+        for name, held in self.held().items():
+            kept = manifest.parameters[name]
             stored = [parts.read(kept.part, key) for key in kept.keys(name)]
             same &= list(kept.states) == held.states and kept.updates == held.updates
             same &= all(torch.equal(one.view(torch.int32), other.view(torch.int32)) for one, other in zip(held.values, stored, strict=True))
@@ -113,13 +135,21 @@ class Run:
                 same &= torch.equal(value, parts.read(manifest.others[f"average/{key}"].part, f"average/{key}"))
         return same
 
+    def held(self) -> dict[str, Held]:
+        """Parameters and states, whole."""
+        return dict(self.checkpoints._masters.read(self.parameters))
+
+    def on_disk(self) -> int:
+        """How many of the tensors that are stepped are not in memory now."""
+        return sum(not value.numel() for value in getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", []))
+
     def as_deepspeed_says(self) -> bool:
         """Whether what is read is what DeepSpeed's own accessors give."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         same = True
-        for parameter in self.parameters.values():
-            held = self.checkpoints._masters.read(parameter)
+        for name, held in self.held().items():
+            parameter = self.parameters[name]
             values = [safe_get_full_fp32_param(parameter), *(safe_get_full_optimizer_state(parameter, key) for key in held.states)]
             same &= all(torch.equal(one, other) for one, other in zip(held.values, values, strict=True))
         return same
@@ -132,6 +162,7 @@ def main() -> None:
     arguments.add_argument("--optimizer", default="adamw")
     arguments.add_argument("--precision", default="fp32")
     arguments.add_argument("--ema", action="store_true")
+    arguments.add_argument("--large", action="store_true")
     options = arguments.parse_args()
     place = start_ranks()
     told = options.folder / "next.json"
@@ -143,15 +174,16 @@ def main() -> None:
         if done:
             record["as_stored"] = run.as_stored(options.folder / "checkpoints" / f"step{done}")
             record["expected"] = json.loads(told.read_text())
-        record["loss"] = run.step(done)
-        for number in range(done + 1, done + STEPS):
-            run.step(number)
-        if run.zero and not run.grid.tensor_group:
+        # the second is of weights that the states have moved
+        record["losses"] = [run.step(number) for number in range(done, done + STEPS)][:2]
+        # of a first start under ZeRO 1 and 2 DeepSpeed's accessors do not know the states
+        if done and run.zero and not run.grid.tensor_group:
             record["as_deepspeed_says"] = run.as_deepspeed_says()
         run.checkpoints.save(done + STEPS, seconds + 1.0)
         run.checkpoints.close()
-        record["states"] = run.checkpoints._masters.read(next(iter(run.parameters.values()))).states
-        following = run.step(done + STEPS)
+        record["states"] = next(iter(run.held().values())).states
+        record["on_disk"] = run.on_disk()
+        following = [run.step(done + STEPS + number) for number in range(2)]
         # nobody starts again before all have written
         dist.barrier()
         if place.rank == 0:

@@ -4,8 +4,8 @@ The runs are real: `scripts/train_wide.py` on ranks that meet over gloo, once un
 leaves in the run's folder. The reference knows nothing of DeepSpeed nor of the package's optimizers, schedules and loop.
 """
 
+import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.running import BERT, RESNET, Forge, error_lines, losses, recipe, records, succeed, weights, write_recipe
+from tests.running import BERT, RESNET, ROOT, Forge, compiled, error_lines, losses, recipe, records, succeed, weights, write_recipe
 from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.recipe import Recipe, load_recipe
 from wtn_pretrain.stages import open_task
@@ -46,6 +46,7 @@ LARS = {"wide.optimizer.name": "lars", "wide.optimizer.lr": 0.5, "wide.optimizer
 MILD = {**LARS, "wide.optimizer.lr": 0.2, "wide.optimizer.trust": 0.05}
 THREE = {"wide.batch_size": 18}
 """What three ranks divide."""
+UNDECAYED = {"wide.optimizer.weight_decay": 0.0}
 AVERAGED = {"wide.ema": 0.8}
 PACKED = {"data.packing": "documents"}
 OFFLOADED = {"wide.deepspeed": "ds_configs/zero2_offload.json"}
@@ -68,10 +69,12 @@ CASES = {
     "bert, LAMB, ZeRO 2, three ranks, accumulated thrice": Case(BERT, {**zero(2), "wide.micro_batch_size": 2}, {**LAMB, **THREE}, ranks=3),
     "bert, LAMB, ZeRO 3, three ranks": Case(BERT, zero(3), {**LAMB, **THREE}, ranks=3),
     "bert, LAMB, ZeRO 2, offloaded": Case(BERT, OFFLOADED, LAMB),
+    "bert, LAMB without decay, ZeRO 2": Case(BERT, zero(2), {**LAMB, **UNDECAYED}),
     "resnet, LARS, ZeRO 0": Case(RESNET, zero(0), MILD),
     # smooth: a ReLU at its kink would turn round-off into another gradient
     "bert, LARS, ZeRO 1": Case(BERT, zero(1), LARS),
     "bert, LARS, ZeRO 2": Case(BERT, zero(2), LARS),
+    "bert, LARS without decay, ZeRO 3": Case(BERT, zero(3), {**LARS, **UNDECAYED}),
     "resnet, LARS, ZeRO 2, three ranks": Case(RESNET, zero(2), {**MILD, **THREE}, ranks=3),
     # rows have unequal numbers of masked tokens
     "bert, packed documents, ZeRO 1": Case(BERT, {**zero(1), "wide.micro_batch_size": 2}, PACKED),
@@ -80,10 +83,6 @@ CASES = {
     "bert, ZeRO 3, activations computed anew": Case(BERT, {**zero(3), "wide.checkpoint_activations": True}),
     "resnet, ZeRO 2, activations computed anew": Case(RESNET, {**zero(2), "wide.checkpoint_activations": 2}),
 }
-
-
-EXTENSIONS = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-COMPILED = any(EXTENSIONS.rglob("cpu_adam*.so"))
 
 
 class Curve(NamedTuple):
@@ -114,7 +113,7 @@ class PlainLamb:
                 square.mul_(second).add_((1 - second) * weight.grad**2)
                 ratio = mean / (1 - first**self.count) / ((square / (1 - second**self.count)).sqrt() + self.eps)
                 update = ratio + group["weight_decay"] * weight
-                scaled = group["weight_decay"] > 0 and weight.norm() > 0 and update.norm() > 0
+                scaled = weight.dim() > 1 and weight.norm() > 0 and update.norm() > 0
                 trust = weight.norm() / update.norm() if scaled else 1.0
                 weight -= group["lr"] * trust * update
 
@@ -131,7 +130,7 @@ class PlainLars:
         for group in self.param_groups:
             for weight in group["params"]:
                 update = weight.grad + group["weight_decay"] * weight
-                if group["weight_decay"] > 0:
+                if weight.dim() > 1:
                     update *= self.trust * weight.norm() / update.norm()
                 self.buffers[weight] = self.momentum * self.buffers[weight] + update
                 weight -= group["lr"] * self.buffers[weight]
@@ -234,13 +233,31 @@ def test_under_deepspeeds_launcher_too(tmp_path: Path, reference: Reference, rec
     compare("launched", case, reference(recipe(case.base)), tmp_path / "runs" / "bert" / "wide", record_property)
 
 
-@pytest.mark.skipif(not COMPILED, reason="DeepSpeed's CPUAdam is not compiled here, which takes two minutes")
+@pytest.mark.skipif(not compiled("cpu_adam"), reason="DeepSpeed's CPUAdam is not compiled here, which takes two minutes")
 def test_deepspeeds_kernel_follows_the_plain_loop(
     tmp_path: Path, forge: Forge, reference: Reference, record_property: Callable[[str, object], None]
 ) -> None:
     case = Case(BERT, {**OFFLOADED, "wide.optimizer.cpu_kernel": "deepspeed"})
     stage = several_ranks(forge, tmp_path, recipe(case.base, case.launch))
     compare("CPUAdam", case, reference(recipe(case.base)), stage, record_property)
+
+
+LARGE = {"model.hidden_size": 128, "model.intermediate_size": 2048, "model.layers": 2}
+"""Of which two ranks have shares of 1 MiB, the least that DeepSpeed swaps: the wide network's feed-forward is 128 x 4096."""
+
+
+@pytest.mark.skipif(not compiled("async_io"), reason="DeepSpeed's async_io is not compiled here, which needs libaio-dev and two minutes")
+def test_an_optimizer_on_nvme_follows_the_plain_loop(
+    tmp_path: Path, forge: Forge, reference: Reference, record_property: Callable[[str, object], None]
+) -> None:
+    # the file that is shipped, with a disk here
+    settings = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
+    settings["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "mine.json").write_text(json.dumps(settings))
+    case = Case(BERT, {"wide.deepspeed": "mine.json"}, LARGE)
+    stage = several_ranks(forge, tmp_path, recipe(case.base, {**case.changes, **case.launch}))
+    compare("NVMe", case, reference(recipe(case.base, case.changes)), stage, record_property)
 
 
 def compare(name: str, case: Case, expected: Curve, stage: Path, record_property: Callable[[str, object], None]) -> None:

@@ -16,8 +16,9 @@ from wtn_pretrain.training.activations import checkpoint_blocks
 from wtn_pretrain.training.compilation import compile_blocks
 from wtn_pretrain.training.config import OptimizerSection, TrainSection
 from wtn_pretrain.training.monitor import say
-from wtn_pretrain.training.offload import check_offload, offloads, require_compiler
-from wtn_pretrain.training.optimizers import decay_groups, follow_layers, make_optimizer
+from wtn_pretrain.training.nvme import OwnFolder
+from wtn_pretrain.training.offload import check_buffers, check_offload, offloads, require_compiler
+from wtn_pretrain.training.optimizers import STATES, decay_groups, follow_layers, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -161,6 +162,7 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
         raise UserError(
             f"{stage}.precision: {section.precision} would round the statistics of a {network.config.family}'s batch norms; use bf16"
         )
+    check_buffers(zero, STATES[section.optimizer.name], section.deepspeed)
     allow_tf32(section.tf32)
     if world_size > 1:
         synchronise_batch_norm(module)
@@ -173,7 +175,9 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
         say(f"{stage}: DeepSpeed's CPUAdam steps the offloaded optimizer; its first use compiles for two minutes")
     groups = decay_groups(module.parameters(), section.optimizer.weight_decay)
     optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
+    folder = OwnFolder(zero)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
+    folder.go_with(engine)
     follow_layers(engine, optimizer)
     return engine
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from wtn_pretrain.device import device
+from wtn_pretrain.training.partitions import Spot, spots_of
 
 
 class Part(NamedTuple):
@@ -100,54 +101,20 @@ def layers_of(engine: Any) -> Layers:
     Raises:
         RuntimeError: DeepSpeed wraps the optimizer in a way that is not known here.
     """
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
     wrapped = engine.optimizer
     if isinstance(wrapped, torch.optim.Optimizer):
         return Layers()
-    if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
-        flat, groups, find = wrapped.fp32_partitioned_groups_flat, wrapped.fp16_groups, _shares
-        ranks = groups[0][0].ds_process_group
-    elif isinstance(wrapped, DeepSpeedZeroOptimizer):
-        flat, groups, find = wrapped.single_partition_of_fp32_groups, wrapped.bit16_groups, _fragments
-        ranks = wrapped.dp_process_group
-    elif isinstance(wrapped, BF16_Optimizer):
-        flat, groups, find = wrapped.fp32_groups_flat_partition, wrapped.bf16_groups, _fragments
-        ranks = wrapped.dp_process_group
-    else:
-        raise RuntimeError(f"the layers behind a {type(wrapped).__name__} are not known")
-    marked = [getattr(parameter, "tensor_parallel_group", None) for group in groups for parameter in group]
-    partitions = [
-        Partition(
-            tensor,
-            len(group),
-            find(group),
-            tuple(number for number, parameter in enumerate(group) if getattr(parameter, "tensor_parallel_group", None) is not None),
-        )
-        for tensor, group in zip(flat, groups, strict=True)
-    ]
-    return Layers(partitions, ranks, next((group for group in marked if group is not None), None))
-
-
-def _fragments(group: Sequence[Any]) -> tuple[Part, ...]:
-    """This rank's parts of the parameters of a group under ZeRO 1 and 2: what DeepSpeed's own map of fragments says."""
-    mapped = [(number, parameter._hp_mapping) for number, parameter in enumerate(group)]
-    addresses = [(number, mapping.get_hp_fragment_address()) for number, mapping in mapped if mapping is not None]
-    return tuple(Part(number, address.start, address.numel) for number, address in addresses)
-
-
-def _shares(group: Sequence[Any]) -> tuple[Part, ...]:
-    """This rank's parts under ZeRO 3, which gives each rank an equal share of every parameter and pads the last one."""
-    parts, start = [], 0
-    for number, parameter in enumerate(group):
-        share = parameter.partition_numel()
-        length = min(share, parameter.ds_numel - share * parameter.ds_zero_partition_rank)
-        if length > 0:
-            parts.append(Part(number, start, length))
-        start += share
-    return tuple(parts)
+    held: dict[int, list[tuple[nn.Parameter, Spot]]] = {}
+    for parameter, spot in spots_of(engine).items():
+        held.setdefault(spot.number, []).append((parameter, spot))
+    partitions, groups = [], []
+    for members in held.values():
+        parts = tuple(Part(layer, spot.start, spot.length) for layer, (_, spot) in enumerate(members) if spot.length)
+        owners = [getattr(parameter, "tensor_parallel_group", None) for parameter, _ in members]
+        divided = tuple(layer for layer, group in enumerate(owners) if group is not None)
+        partitions.append(Partition(members[0][1].stepped, len(members), parts, divided))
+        groups += [group for group in owners if group is not None]
+    return Layers(partitions, wrapped.dp_process_group, groups[0] if groups else None)
 
 
 def _pieces(values: Sequence[Tensor], places: Sequence[tuple[int, int, int, int]]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,30 @@ def check_offload(zero: Mapping[str, Any], name: str) -> None:
         if level < least:
             remedy = {1: "zero1_offload.json", 3: "zero3_nvme.json" if place == "nvme" else "zero3_offload.json"}[least]
             raise UserError(f"{name}: {what} to {place} needs ZeRO {least}, and this file is ZeRO {level}; see ds_configs/{remedy}")
+        if what == PARAMETERS and place == "nvme":
+            # its swapper reads a parameter twice into one buffer, and takes fp32 weights for bfloat16 on a device without fp16
+            raise UserError(f"{name}: {what} to nvme fails in DeepSpeed 0.19.8; set {what}.device to cpu, the optimizer may be on nvme")
         if place == "nvme":
             _check_nvme(zero[what], f"{name}: {what}")
+
+
+def check_buffers(zero: Mapping[str, Any], states: int, name: str) -> None:
+    """Refuses fewer buffers in host memory than what lies on NVMe needs as it is stepped.
+
+    Args:
+        states: tensors that the optimizer keeps of each weight.
+        name: the DeepSpeed file.
+
+    Raises:
+        UserError: names the file, the key and what is enough.
+    """
+    section = zero.get(OPTIMIZER) or {}
+    # four are DeepSpeed's own number
+    count = section.get("buffer_count", 4)
+    if section.get("device") == "nvme" and count < states + 2:
+        raise UserError(
+            f"{name}: {OPTIMIZER}.buffer_count {count} has no room for weights, gradients and {states} states; make it {states + 2}"
+        )
 
 
 def _check_nvme(section: Mapping[str, Any], where: str) -> None:
@@ -43,6 +66,11 @@ def _check_nvme(section: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: no folder {path}; copy the file, and name in its nvme_path a folder on a local NVMe disk")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{where}: {path} cannot be written; name another folder in nvme_path")
+    with tempfile.NamedTemporaryFile(dir=path) as probe:
+        try:
+            os.close(os.open(probe.name, os.O_RDONLY | os.O_DIRECT))
+        except OSError as error:
+            raise UserError(f"{where}: {path} takes no direct I/O ({error.strerror}); name a folder on a local NVMe disk") from None
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     require_compiler(where)

@@ -11,14 +11,24 @@ from torch.optim import Optimizer
 from wtn_pretrain.training.config import OptimizerSection
 from wtn_pretrain.training.layers import Layers, layers_of
 
+STATES = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}
+"""Tensors that an optimizer keeps of each weight."""
+
 
 class LayerwiseOptimizer(Optimizer):
-    """An optimizer that scales the update of each layer by the layer's norm. Groups without weight decay (biases, norms) are not scaled.
+    """An optimizer that scales the update of each matrix and convolution by its norm; biases and norms, in groups of their own, are not.
 
     Under ZeRO it steps partitions: `follow_layers` says which layers lie in them, and without that they are refused.
     """
 
     layers = Layers()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        # while the parameters have their shapes, which partitions do not have
+        kinds = {decayed(parameter) for parameter in param_group["params"]}
+        assert len(kinds) == 1, "biases and norms need a group of their own, as decay_groups makes it"
+        param_group["scaled"] = kinds.pop()
 
     def _scale(self, parameters: list[Tensor], updates: list[Tensor], coefficient: float = 1.0) -> None:
         """Multiplies every layer's update by `coefficient` x |weights| / |update|; by `coefficient` alone where one of them is zero."""
@@ -60,6 +70,7 @@ class Lamb(LayerwiseOptimizer):
             del lengths
             if group["weight_decay"]:
                 torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+            if group["scaled"]:
                 self._scale(parameters, updates)
             torch._foreach_add_(parameters, updates, alpha=-group["lr"])
         return loss
@@ -78,8 +89,10 @@ class Lars(LayerwiseOptimizer):
             parameters, updates = _learning(group)
             if not parameters:
                 continue
-            if group["weight_decay"]:
+            if group["weight_decay"] or group["scaled"]:
+                # gradients stay as they are
                 updates = list(torch._foreach_add(updates, parameters, alpha=group["weight_decay"]))
+            if group["scaled"]:
                 self._scale(parameters, updates, group["trust"])
             states = [self.state[parameter] for parameter in parameters]
             for parameter, state in zip(parameters, states, strict=True):

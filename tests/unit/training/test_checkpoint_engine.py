@@ -17,7 +17,7 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints
 from wtn_pretrain.training.checkpoint.manifest import read_manifest
-from wtn_pretrain.training.checkpoint.masters import Masters, counters, set_counters
+from wtn_pretrain.training.checkpoint.masters import counters, set_counters
 from wtn_pretrain.training.config import OptimizerSection
 from wtn_pretrain.training.ema import Average
 from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
@@ -247,9 +247,3 @@ def test_the_loss_scaler_goes_on_where_it_was() -> None:
     assert counters(still) == {"skipped_steps": 0}
     set_counters(still, kept, 8)
     assert still.optimizer.loss_scaler.cur_scale == 1.0
-
-
-def test_an_optimizer_on_nvme_is_refused() -> None:
-    engine = SimpleNamespace(optimizer=SimpleNamespace(swap_optimizer=True))
-    with pytest.raises(UserError, match=r"wide.deepspeed: offloads the optimizer to NVMe.*offload it to the CPU"):
-        Masters(engine, "wide")

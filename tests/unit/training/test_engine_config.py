@@ -104,7 +104,11 @@ OFFLOADS: dict[str, tuple[dict[str, object], str]] = {
     "optimizer under ZeRO 0": ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "needs ZeRO 1.*zero1_offload.json"),
     "parameters under ZeRO 2": ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param to cpu needs ZeRO 3.*zero3_offload.json"),
     "NVMe under ZeRO 2": ({"stage": 2, "offload_optimizer": NVME}, "offload_optimizer to nvme needs ZeRO 3.*zero3_nvme.json"),
-    "NVMe without a path": ({"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path is missing; name a folder"),
+    "NVMe without a path": ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path is missing; name a folder"),
+    "parameters on NVMe": (
+        {"stage": 3, "offload_param": NVME},
+        "offload_param to nvme fails in DeepSpeed.*set offload_param.device to cpu",
+    ),
     "NVMe without its folder": ({"stage": 3, "offload_optimizer": NVME}, "no folder nowhere; copy the file"),
     "a part of the optimizer": ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio.*optimizer.name is sgd"),
 }

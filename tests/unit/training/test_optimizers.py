@@ -29,22 +29,22 @@ def trajectory(section: OptimizerSection) -> tuple[list[np.ndarray], list[np.nda
     return weights, biases, gradients, np.concatenate([start[0].ravel(), start[1]])
 
 
-def lamb(x: np.ndarray, gradients: np.ndarray, section: OptimizerSection, decay: float) -> list[np.ndarray]:
+def lamb(x: np.ndarray, gradients: np.ndarray, section: OptimizerSection, decay: float, scaled: bool) -> list[np.ndarray]:
     m, v, path = np.zeros_like(x), np.zeros_like(x), []
     for step, g in enumerate(gradients, start=1):
         m = section.betas[0] * m + (1 - section.betas[0]) * g
         v = section.betas[1] * v + (1 - section.betas[1]) * g**2
         update = (m / (1 - section.betas[0] ** step)) / (np.sqrt(v / (1 - section.betas[1] ** step)) + section.eps) + decay * x
-        x = x - section.lr * (np.linalg.norm(x) / np.linalg.norm(update) if decay else 1.0) * update
+        x = x - section.lr * (np.linalg.norm(x) / np.linalg.norm(update) if scaled else 1.0) * update
         path.append(x)
     return path
 
 
-def lars(x: np.ndarray, gradients: np.ndarray, section: OptimizerSection, decay: float) -> list[np.ndarray]:
+def lars(x: np.ndarray, gradients: np.ndarray, section: OptimizerSection, decay: float, scaled: bool) -> list[np.ndarray]:
     buffer, path = np.zeros_like(x), []
     for g in gradients:
         update = g + decay * x
-        if decay:
+        if scaled:
             update = update * section.trust * np.linalg.norm(x) / np.linalg.norm(update)
         buffer = section.momentum * buffer + update
         x = x - section.lr * buffer
@@ -52,13 +52,15 @@ def lars(x: np.ndarray, gradients: np.ndarray, section: OptimizerSection, decay:
     return path
 
 
+@pytest.mark.parametrize("decay", [0.02, 0.0])
 @pytest.mark.parametrize(("name", "rule"), [("lamb", lamb), ("lars", lars)])
-def test_layerwise_optimizers_follow_their_update_rules(name: str, rule) -> None:
-    section = OptimizerSection(name=name, lr=0.05, weight_decay=0.02, trust=0.1)
+def test_layerwise_optimizers_follow_their_update_rules(name: str, rule, decay: float) -> None:
+    section = OptimizerSection(name=name, lr=0.05, weight_decay=decay, trust=0.1)
     weights, biases, gradients, start = trajectory(section)
-    for ours, theirs in zip(weights, rule(start[:20], gradients[:, :20], section, 0.02), strict=True):
+    # a matrix is scaled whether it decays or not, a bias never
+    for ours, theirs in zip(weights, rule(start[:20], gradients[:, :20], section, decay, True), strict=True):
         np.testing.assert_allclose(ours.ravel(), theirs, rtol=1e-12, atol=1e-14)
-    for ours, theirs in zip(biases, rule(start[20:], gradients[:, 20:], section, 0.0), strict=True):
+    for ours, theirs in zip(biases, rule(start[20:], gradients[:, 20:], section, 0.0, False), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -75,7 +77,9 @@ def test_lamb_of_zero_weights_moves() -> None:
 def test_a_partition_whose_layers_are_not_known_is_refused(name: str) -> None:
     flat = torch.nn.Parameter(torch.ones(6))
     flat.grad = torch.ones(6)
-    optimizer = make_optimizer(OptimizerSection(name=name), [{"params": [flat], "weight_decay": 0.01}])
+    optimizer = make_optimizer(OptimizerSection(name=name), [{"params": [torch.nn.Parameter(torch.ones(2, 3))], "weight_decay": 0.01}])
+    # as ZeRO does
+    optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(RuntimeError, match="not told which layers"):
         optimizer.step()
     assert torch.equal(flat.detach(), torch.ones(6))
@@ -88,8 +92,10 @@ def test_a_partition_is_stepped_layer_by_layer(name: str, one_rank: None) -> Non
     section = OptimizerSection(name=name, lr=0.1, weight_decay=0.02, trust=0.1)
     layers = [torch.nn.Parameter(torch.randn(3, 4) * scale) for scale in (1, 10)]
     flat = torch.nn.Parameter(torch.cat([*(layer.detach().flatten() for layer in layers), torch.zeros(3)]))
-    whole, partitioned = (make_optimizer(section, [{"params": params, "weight_decay": 0.02}]) for params in (layers, [flat]))
+    whole, partitioned = (make_optimizer(section, [{"params": layers, "weight_decay": 0.02}]) for _ in range(2))
     assert isinstance(partitioned, LayerwiseOptimizer)
+    # as ZeRO does
+    partitioned.param_groups[0]["params"] = [flat]
     partitioned.layers = Layers([Partition(flat, 2, (Part(0, 0, 12), Part(1, 12, 12)), ())])
     for _ in range(3):
         for layer in layers:
@@ -101,6 +107,16 @@ def test_a_partition_is_stepped_layer_by_layer(name: str, one_rank: None) -> Non
     # the same numbers, added up in another order
     torch.testing.assert_close(flat.detach()[:24], expected, rtol=1e-6, atol=1e-6)
     assert not flat.detach()[24:].any()
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_gradients_are_left_as_they_are(name: str) -> None:
+    layer = torch.nn.Linear(3, 3)
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [parameter.grad.clone() for parameter in layer.parameters()]
+    make_optimizer(OptimizerSection(name=name, weight_decay=0.0), decay_groups(layer.parameters(), 0.0)).step()
+    assert all(torch.equal(parameter.grad, kept) for parameter, kept in zip(layer.parameters(), before, strict=True))
 
 
 def test_biases_and_norms_do_not_decay() -> None:

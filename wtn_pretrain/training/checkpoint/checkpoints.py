@@ -56,11 +56,7 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a stage in `folder`, which all ranks share. Every rank must call every method, in the same order.
-
-    Raises:
-        UserError: the engine keeps its state where it cannot be read from.
-    """
+    """The checkpoints of a stage in `folder`, which all ranks share. Every rank must call every method, in the same order."""
 
     def __init__(
         self,
@@ -84,7 +80,7 @@ class Checkpoints:
         self._engine, self._network, self._place = engine, network, place
         self._identity, self._beside = dict(identity), dict(beside or {})
         self._stage = str(identity["stage"])
-        self._masters = Masters(engine, self._stage)
+        self._masters = Masters(engine)
         self._parameters: dict[str, nn.Parameter] = dict(network.named_parameters())
         strangers = [name for name, parameter in self._parameters.items() if parameter not in self._masters]
         assert not strangers, f"the optimizer does not step {strangers[0]}"
@@ -109,8 +105,7 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         parameters: dict[str, Parameter] = {}
         others: dict[str, Other] = {}
-        for name, parameter in self._parameters.items():
-            held = self._masters.read(parameter)
+        for name, held in self._masters.read(self._parameters):
             if mine(held.values[0].numel()):
                 kept = Parameter(part=part, shape=tuple(held.values[0].shape), states=tuple(held.states), updates=held.updates)
                 parameters[name] = kept
@@ -258,7 +253,7 @@ class Checkpoints:
             return value
 
         self._masters.begin()
-        for name, parameter in self._parameters.items():
+        for name, parameter in self._masters.in_order(self._parameters).items():
             kept = manifest.parameters[name]
             values = [fetch(kept.part, key, kept.shape, torch.float32) for key in kept.keys(name)]
             self._masters.write(parameter, Held(values, list(kept.states), kept.updates))

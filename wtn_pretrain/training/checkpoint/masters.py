@@ -1,10 +1,9 @@
 """The fp32 weights and optimizer states of a DeepSpeed engine, parameter by parameter, wherever it keeps them.
 
-An optimizer steps the parameters themselves (ZeRO 0), fp32 copies of them, or flat partitions in which a rank has runs of their elements.
-Here a parameter has one spot in what is stepped, its own states there, and a whole that is the same under any of these layouts.
+Here a parameter has one spot in what is stepped, its own states there, and a whole that is the same under any layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,20 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wtn_pretrain.device import device
-from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.tensor import whole
-
-
-class Spot(NamedTuple):
-    """Where a parameter is stepped: elements `first` to `first + length` of it stand in `stepped` from `start` on."""
-
-    stepped: Tensor
-    optimizer: torch.optim.Optimizer
-    group: int
-    """Number of the optimizer's parameter group."""
-    start: int
-    first: int
-    length: int
+from wtn_pretrain.training.checkpoint.swapped import Swapped
+from wtn_pretrain.training.partitions import Spot, local_shape, spots_of
 
 
 class Held(NamedTuple):
@@ -39,27 +27,35 @@ class Held(NamedTuple):
 
 
 class Masters:
-    """What the optimizer of `engine` steps, by parameter.
+    """What the optimizer of `engine` steps, by parameter."""
 
-    Raises:
-        UserError: the optimizer's state is where it cannot be read from.
-    """
-
-    def __init__(self, engine: Any, stage: str) -> None:
-        if getattr(engine.optimizer, "swap_optimizer", False):
-            raise UserError(
-                f"{stage}.deepspeed: offloads the optimizer to NVMe, from where no checkpoint can be written; offload it to the CPU"
-            )
+    def __init__(self, engine: Any) -> None:
         self._wrapped, self._zero = engine.optimizer, engine.zero_optimization_stage()
-        self._spots = _spots(engine)
+        self._spots = spots_of(engine)
+        self._swapped = Swapped(engine.optimizer)
         # the ranks that share parameters out among them
         self._ranks = self._wrapped.dp_process_group if self._zero else None
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return parameter in self._spots
 
-    def read(self, parameter: nn.Parameter) -> Held:
-        """The parameter as it is now, on this rank's device; views where nothing has to be gathered. Every rank must call it."""
+    def in_order(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """The same parameters, those that are stepped together behind one another: the fastest order to `write` them in."""
+        return dict(sorted(parameters.items(), key=lambda item: self._spots[item[1]].number))
+
+    def read(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Held]]:
+        """The parameters as they are now, on this rank's device; views where nothing has to be gathered.
+
+        Every rank must go through all of them before it does anything else with the engine.
+        """
+        try:
+            for name, parameter in self.in_order(parameters).items():
+                self._swapped.bring(self._spots[parameter].number)
+                yield name, self._read(parameter)
+        finally:
+            self._swapped.put_back()
+
+    def _read(self, parameter: nn.Parameter) -> Held:
         spot = self._spots[parameter]
         state = spot.optimizer.state.get(spot.stepped, {})
         # what does not have a number for each weight, such as the count of updates, is no part of a parameter
@@ -83,7 +79,8 @@ class Masters:
 
         The step moves weights, all of which have to be written, and then `end`.
         """
-        for spot in {id(spot.stepped): spot for spot in self._spots.values()}.values():
+        for spot in {spot.number: spot for spot in self._spots.values()}.values():
+            self._swapped.bring(spot.number, to_change=True)
             stepped, optimizer = spot.stepped, spot.optimizer
             kept, groups = stepped.grad, optimizer.param_groups
             # where the optimizer is offloaded its gradients have a place of their own
@@ -97,10 +94,10 @@ class Masters:
     def write(self, parameter: nn.Parameter, held: Held) -> None:
         """Sets the parameter, whose whole `held` is on this rank's device; states that it does not name stay 0. Every rank must call it."""
         spot = self._spots[parameter]
+        self._swapped.bring(spot.number, to_change=True)
         parts = [cut(parameter, value) for value in held.values]
-        if spot.stepped is not parameter:
-            # before the masters: at ZeRO 3 the network's weights may share memory with them
-            self._set_weights(parameter, parts[0])
+        if 0 < self._zero < 3:
+            parameter.data.copy_(parts[0])
         state = spot.optimizer.state[spot.stepped]
         for value, part in zip([spot.stepped, *(state[key] for key in held.states)], parts, strict=True):
             if not self._zero:
@@ -116,22 +113,13 @@ class Masters:
     def end(self) -> None:
         """Leaves the network's weights as a step does. Every rank must call it, once all is written."""
         if self._zero == 3:
+            self._wrapped.checkpoint_event_prologue()
+            for number in range(len(self._wrapped.fp16_groups)):
+                self._swapped.bring(number)
+                self._wrapped._reassign_or_swap_out_partitioned_parameters(number)
             # small parameters are whole between steps, in fp32; fetched when they are needed, autocast would have them rounded
             self._wrapped.checkpoint_event_epilogue()
-
-    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
-        if self._zero < 3:
-            parameter.data.copy_(value)
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(value)
-
-
-def local_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter on this rank, as if ZeRO did not partition it."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        self._swapped.put_back()
 
 
 def whole_shape(parameter: Any) -> tuple[int, ...]:
@@ -163,68 +151,6 @@ def _count(spot: Spot, updates: int) -> None:
 
 def _like(value: Any, stepped: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == stepped.shape
-
-
-def _spots(engine: Any) -> dict[nn.Parameter, Spot]:
-    """The spot of every parameter."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    wrapped, optimizer = engine.optimizer, engine.basic_optimizer
-    if isinstance(wrapped, torch.optim.Optimizer):
-        groups = [group["params"] for group in wrapped.param_groups]
-        return _one_by_one(optimizer, groups, groups)
-    if isinstance(wrapped, FP16_UnfusedOptimizer):
-        return _one_by_one(optimizer, wrapped.fp16_groups, wrapped.fp32_groups)
-    if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
-        return _shares(wrapped)
-    if isinstance(wrapped, DeepSpeedZeroOptimizer):
-        return _fragments(optimizer, wrapped.bit16_groups, wrapped.single_partition_of_fp32_groups)
-    if isinstance(wrapped, BF16_Optimizer):
-        return _fragments(optimizer, wrapped.bf16_groups, wrapped.fp32_groups_flat_partition)
-    raise RuntimeError(f"what a {type(wrapped).__name__} steps is not known")
-
-
-def _one_by_one(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Sequence[nn.Parameter]], stepped: Sequence[Sequence[Tensor]]
-) -> dict[nn.Parameter, Spot]:
-    return {
-        parameter: Spot(value, optimizer, group, 0, 0, parameter.numel())
-        for group, (members, values) in enumerate(zip(parameters, stepped, strict=True))
-        for parameter, value in zip(members, values, strict=True)
-    }
-
-
-def _fragments(optimizer: torch.optim.Optimizer, parameters: Sequence[Sequence[Any]], flats: Sequence[Tensor]) -> dict[nn.Parameter, Spot]:
-    """The runs that this rank has under ZeRO 1 and 2, by DeepSpeed's own map of them."""
-    spots = {}
-    for group, (members, flat) in enumerate(zip(parameters, flats, strict=True)):
-        for parameter in members:
-            start, first, length = 0, 0, 0
-            if parameter._hp_mapping is not None:
-                there, here = parameter._hp_mapping.get_hp_fragment_address(), parameter._hp_mapping.lp_fragment_address
-                start, first, length = there.start, here.start, here.numel
-            spots[parameter] = Spot(flat, optimizer, group, start, first, length)
-    return spots
-
-
-def _shares(wrapped: Any) -> dict[nn.Parameter, Spot]:
-    """The runs that this rank has under ZeRO 3: an equal share of every parameter, the last ones filled up."""
-    spots = {}
-    for number, (flat, members) in enumerate(zip(wrapped.fp32_partitioned_groups_flat, wrapped.fp16_groups, strict=True)):
-        # of an optimizer that is offloaded in part, the rest is stepped by another one
-        beside = wrapped.offload_optimizer and wrapped.subgroup_to_device[number] != "cpu"
-        optimizer = wrapped.backup_optimizer if beside else wrapped.optimizer
-        start = 0
-        for parameter in members:
-            share = parameter.partition_numel()
-            first = min(share * parameter.ds_zero_partition_rank, parameter.ds_numel)
-            length = min(share, parameter.ds_numel - first)
-            spots[parameter] = Spot(flat, optimizer, wrapped.sub_group_to_group_id[number], start, first, length)
-            start += share
-    return spots
 
 
 _COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
