@@ -21,7 +21,6 @@ JSON keys: `operations` {operation: {live, bytes, flops, seconds {arm: s}, over_
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import parser, run, table
+from peaks import enough, rates, timed
 from torch import Tensor
 
 from wtn_pretrain.device import device
@@ -143,45 +143,10 @@ def works(shape: Shape) -> dict[str, Callable[[], Work]]:
     }
 
 
-def synchronize() -> None:
-    if device().type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def timed(call: Callable[[], object], times: int) -> float:
-    """Seconds of a call, of so many one after the other."""
-    synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    synchronize()
-    return (time.perf_counter() - began) / times
-
-
-def enough(call: Callable[[], object], seconds: float) -> int:
-    """How many calls take about `seconds`."""
-    call()
-    return max(1, min(1000, int(seconds / max(timed(call, 1), 1e-7))))
-
-
 def both_ways(form: Callable[..., Tensor], leaves: Sequence[Tensor], given: Tensor) -> tuple[Tensor, ...]:
     """The answer of a forward pass, and the gradients of a backward pass that is `given` the answer's."""
     answer = form(*leaves)
     return (answer.detach(), *torch.autograd.grad(answer, leaves, given))
-
-
-def rates(seconds: float, dtype: torch.dtype, small: bool) -> tuple[float, float]:
-    """Bytes a second of a copy, both ways counted, and FLOP/s of a square product."""
-    here = device()
-    size = 2**20 if small else 2**25 if here.type == "cpu" else 2**29
-    source = torch.zeros(size, dtype=torch.uint8, device=here)
-    target = torch.empty_like(source)
-    copy = partial(target.copy_, source)
-    bandwidth = 2 * size / median(timed(copy, enough(copy, seconds)) for _ in range(5))
-    side = 256 if small else 1024 if here.type == "cpu" else 8192
-    matrix = torch.empty(side, side, device=here, dtype=dtype).normal_()
-    product = partial(torch.mm, matrix, matrix)
-    return bandwidth, 2 * side**3 / median(timed(product, enough(product, seconds)) for _ in range(5))
 
 
 def figures_of(work: Work, shape: Shape, compiles: bool, seconds: float) -> dict[str, Any]:

@@ -16,14 +16,13 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from common import parser, run, table
+from peaks import peak, require_peak, start_of_peak
 
-from wtn_pretrain.device import device, peak_memory
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.device import device
 from wtn_pretrain.kernels import bridge_energy, linear_cross_entropy
 from wtn_pretrain.kernels.select import activate
 
@@ -77,27 +76,6 @@ def arm_figures(loss: str, arm: str, rows: int, width: int, threads: int) -> dic
     return {"bytes": grown, "loss": value.item(), "gradient": gradient}
 
 
-def start_of_peak() -> int:
-    """Bytes that are held now, from which the peak starts."""
-    if device().type != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-        return torch.accelerator.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return status("VmRSS")
-
-
-def peak() -> int:
-    return status("VmHWM") if device().type == "cpu" else peak_memory()
-
-
-def status(field: str) -> int:
-    """Bytes of a field of this process's /proc status."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def in_fresh_process(*arguments: Any) -> dict[str, float]:
     """`arm_figures` in a process of its own, whose allocator hands freed tensors back to the system at once."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(64 * 1024)
@@ -107,10 +85,7 @@ def in_fresh_process(*arguments: Any) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures of the benchmark."""
-    if device().type == "cpu" and not Path("/proc/self/clear_refs").exists():
-        raise UserError(
-            "loss_memory.py: the resident set is read from Linux's /proc/self/clear_refs; run it on Linux, or with an accelerator"
-        )
+    require_peak()
     shapes = SHAPES[options.preset]
     arms = {loss: {arm: in_fresh_process(loss, arm, *shape, options.threads) for arm in ARMS} for loss, shape in shapes.items()}
     for loss, of_loss in arms.items():

@@ -1,4 +1,4 @@
-"""Rank processes for benchmarks: one thread each, pinned to a core each, that run functions when asked to."""
+"""Rank processes for benchmarks: one thread each, pinned to a core each unless told, that run functions when asked to."""
 
 import gc
 import os
@@ -20,17 +20,18 @@ from wtn_pretrain.parallel.launch import Place, start_ranks, stop_ranks
 class Crew:
     """`count` ranks of one process group, each one thread on a core of its own (of a machine with fewer, cores are shared).
 
-    They keep what they build between calls, and wait without using a core.
+    They keep what they build between calls, and wait without using a core. Those that feed an accelerator, or are to have threads
+    of their own, are not `pinned`.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, pinned: bool = True) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # read when a rank imports torch
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         context = get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         port = _free_port()
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        cores = sorted(os.sched_getaffinity(0)) if pinned and hasattr(os, "sched_getaffinity") else []
         for rank in range(count):
             ours, theirs = context.Pipe()
             core = cores[rank % len(cores)] if cores else None

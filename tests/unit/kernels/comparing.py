@@ -1,10 +1,12 @@
-"""Fused operations against their plain form in fp64: what the tests in this process and those in Triton's interpreter share.
+"""Fused operations against their plain form in fp64: what the tests in this process, in Triton's interpreter and on an accelerator share.
 
-A case gives, for every output and every gradient, the largest difference to fp64 over the largest value of the fp64 tensor. Inputs are
-rounded to the dtype under test first, so that both sides start from the same numbers.
+The plain form is computed on the CPU wherever the other one is. A case gives, for every output and every gradient, the largest difference
+to fp64 over the largest value of the fp64 tensor. Inputs are rounded to the dtype under test first, so that both sides start from the same
+numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wtn_pretrain.kernels import bias_gelu, bridge_energy, dropout_add_norm, linear_cross_entropy
+from wtn_pretrain.kernels import attention, bias_gelu, bridge_energy, dropout_add_norm, linear_cross_entropy
 
 Errors = dict[str, float]
 Inputs = Mapping[str, Tensor | None]
@@ -20,6 +22,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 4e-3}
 """fp32: round-off of sums of some hundred terms is 1e-6. bf16 has 8 bits (4e-3, twice that where Triton's interpreter cuts instead of
 rounding) and several roundings follow each other; fp16 has 11 bits."""
+_place = torch.device("cpu")
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Within, the operations under test run on `device`."""
+    global _place
+    before, _place = _place, device
+    try:
+        yield
+    finally:
+        _place = before
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -32,25 +46,28 @@ def apart(mine: Tensor | None, theirs: Tensor | None) -> float:
     if not theirs.numel():
         return 0.0
     largest = theirs.abs().max().item()
-    return (mine.double() - theirs).abs().max().item() / (largest or 1.0)
+    return (mine.double().cpu() - theirs).abs().max().item() / (largest or 1.0)
 
 
 def compare(function: Callable[..., Any], plain: Callable[..., Any], inputs: Inputs, dtype: str, **settings: Any) -> Errors:
     """`function` on `inputs` in `dtype` against `plain` in fp64; tensors that are no floats are passed as they are."""
     sides = []
-    for call, kind in ((function, DTYPES[dtype]), (plain, torch.float64)):
+    for call, kind, place in ((function, DTYPES[dtype], _place), (plain, torch.float64, torch.device("cpu"))):
         given: dict[str, Any] = {}
         for name, value in inputs.items():
             floats = value is not None and value.is_floating_point()
             # rounded, then laid out as the value is
-            given[name] = value.detach().to(DTYPES[dtype]).to(kind).requires_grad_() if floats else value
+            if value is None or not floats:
+                given[name] = None if value is None else value.to(place)
+            else:
+                given[name] = value.detach().to(DTYPES[dtype]).to(place, kind).requires_grad_()
         answers = call(**given, **settings)
         answers = answers if isinstance(answers, tuple) else (answers,)
         answers = tuple(answer for answer in answers if answer.is_floating_point())
         # every output counts in the gradient, each element with a weight of its own
         weights = [drawn(*answer.shape, seed=90 + number).to(DTYPES[dtype]) for number, answer in enumerate(answers)]
         learned = [(a, w) for a, w in zip(answers, weights, strict=True) if a.requires_grad]
-        torch.autograd.backward([a for a, _ in learned], [w.to(a.dtype) for a, w in learned])
+        torch.autograd.backward([a for a, _ in learned], [w.to(a) for a, w in learned])
         sides.append((answers, {name: value.grad for name, value in given.items() if value is not None and value.is_floating_point()}))
     (mine, my_grads), (theirs, their_grads) = sides
     errors = {f"output {number}": apart(a, b) for number, (a, b) in enumerate(zip(mine, theirs, strict=True))}
@@ -74,6 +91,7 @@ def gelu(dtype: str, *shape: int, turned: bool = False) -> Errors:
 
 
 def norm(dtype: str, *shape: int, p: float = 0.0, bias: bool = True, training: bool = True, triton: bool = False) -> Errors:
+    """`triton`: dropout's masks are those of the Triton kernel."""
     columns = shape[-1]
     inputs = {
         "x": drawn(*shape),
@@ -87,7 +105,7 @@ def norm(dtype: str, *shape: int, p: float = 0.0, bias: bool = True, training: b
     if p and training and triton:
         kept = dropout_add_norm.kept_by(dropout_add_norm.draw_seed(), inputs["x"].numel() // columns, columns, p).view(shape)
     elif p and training:
-        kept = F.dropout(torch.ones(shape, dtype=DTYPES[dtype]), p) > 0
+        kept = (F.dropout(torch.ones(shape, dtype=DTYPES[dtype], device=_place), p) > 0).cpu()
     torch.manual_seed(5)  # the operation draws what was drawn here
     plain = partial(dropout_add_norm.reference, kept=kept)
     return compare(dropout_add_norm.dropout_add_norm, plain, inputs, dtype, eps=1e-5, p=p, training=training)
@@ -142,9 +160,38 @@ def bridge(
     teacher = taught.to(DTYPES[dtype]).to(memory_format=layout)
 
     def against(call: Callable[..., Any], **given: Any) -> Any:
-        return call(given["hidden"], given["expand"], teacher.to(given["hidden"].dtype), given["mask"], axis)
+        return call(given["hidden"], given["expand"], teacher.to(given["hidden"]), given["mask"], axis)
 
     return compare(partial(against, bridge_energy.bridge_energy), partial(against, bridge_energy.reference), inputs, dtype)
+
+
+SEGMENTS = torch.tensor([[1, 1, 2, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]])
+MASKS = {
+    "everything": None,
+    "padding": torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0]]).bool()[:, None, None],
+    "documents": SEGMENTS,
+}
+
+
+def attended(dtype: str, mask: str, head_size: int = 8) -> Errors:
+    """`mask`: one of `MASKS`."""
+    # heads before positions by a transposition, as a model has them
+    names = ("query", "key", "value")
+    inputs = {name: drawn(3, 7, 2, head_size, seed=seed).transpose(1, 2) for seed, name in enumerate(names)}
+    return compare(attention.attend, attention.reference, {**inputs, "mask": MASKS[mask]}, dtype)
+
+
+def masks_are_as_defined() -> list[bool]:
+    """Whether the Triton kernel's dropout keeps what the generator's definition says, for several blocks and probabilities."""
+    same = []
+    for columns, p in ((8, 0.5), (37, 0.1), (300, 0.9)):
+        torch.manual_seed(3)
+        kept = dropout_add_norm.kept_by(dropout_add_norm.draw_seed(), 20, columns, p)
+        torch.manual_seed(3)
+        x = torch.ones(20, columns, device=_place)
+        _, total = dropout_add_norm.dropout_add_norm(x, None, torch.zeros_like(x), x[0], x[0], 1e-5, p, True)
+        same.append(torch.equal((total > 0).cpu(), kept))
+    return same
 
 
 LAST = torch.channels_last

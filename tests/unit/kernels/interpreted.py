@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from tests.unit.kernels.comparing import CASES, Errors
+from tests.unit.kernels.comparing import CASES, Errors, masks_are_as_defined
 from wtn_pretrain.kernels import bridge_energy, dropout_add_norm, linear_cross_entropy
 from wtn_pretrain.kernels.live import active, live
 from wtn_pretrain.kernels.select import FUSED, activate
@@ -28,23 +28,10 @@ def main() -> None:
             "results": results,
             "described": choice.describe(),
             "live": {name: live(name, torch.empty(1)) for name in FUSED},
-            "masks": masks(),
+            "masks": masks_are_as_defined(),
         },
         sys.stdout,
     )
-
-
-def masks() -> list[bool]:
-    """Whether dropout keeps what the generator's definition says, several blocks and probabilities."""
-    same = []
-    for columns, p in ((8, 0.5), (37, 0.1), (300, 0.9)):
-        torch.manual_seed(3)
-        kept = dropout_add_norm.kept_by(dropout_add_norm.draw_seed(), 20, columns, p)
-        torch.manual_seed(3)
-        x = torch.ones(20, columns)
-        _, total = dropout_add_norm.dropout_add_norm(x, None, torch.zeros_like(x), x[0], x[0], 1e-5, p, True)
-        same.append(torch.equal(total > 0, kept))
-    return same
 
 
 if __name__ == "__main__":
