@@ -138,12 +138,12 @@ class Laps:
         """Counts the forward passes of a task."""
         inner = task.loss
 
-        def loss(network: BlockNetwork, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def loss(network: BlockNetwork, batch: Mapping[str, Tensor], terms: Tensor | None = None) -> dict[str, Tensor]:
             if self._forwards in self._bounds:
                 synchronize()
                 self.times.append(time.perf_counter())
             self._forwards += 1
-            return inner(network, batch)
+            return inner(network, batch, terms)
 
         task.loss = loss  # type: ignore[method-assign]
 
