@@ -177,9 +177,16 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
     folder = OwnFolder(zero)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
+    average_with_others(engine, world_size)
     folder.go_with(engine)
     follow_layers(engine, optimizer)
     return engine
+
+
+def average_with_others(engine: Any, ranks: int) -> None:
+    """Spares an engine whose gradients nobody else has the averaging: DeepSpeed would copy every one into buckets and back."""
+    if ranks == 1 and engine.zero_optimization_stage() == 0:
+        engine.enable_backward_allreduce = False
 
 
 def gradient_norm(engine: Any) -> float | Tensor | None:
