@@ -43,9 +43,10 @@ setup(
     ],
     extras_require={
         "kernels": ["triton==3.7.1", "liger-kernel>=0.6"],  # for GPUs; torch's CUDA builds bring Triton
-        "test": ["pytest==9.2.0", "hypothesis>=6.150", "accelerate==1.15.0"],
+        "test": ["pytest==9.2.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "accelerate==1.15.0"],
         "dev": [
             "pytest==9.2.0",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.150",
             "accelerate==1.15.0",
             "ruff==0.17.5",

@@ -16,9 +16,9 @@ Timm starts from weights of its own. The arms of a repeat run one after the othe
 is the median over repeats of two rates of the same repeat. FLOPs are the network's own count, three times a forward pass; MFU is
 their rate over the device's peak where that is known.
 
-JSON keys: `ratio_over_hf` (ours against Hugging Face as it comes), `ratio_compiled_over_hf`, `ratio_over_hf_channels_last`, `ratio_over_timm`, `mfu` (ours) and
-`arms`; null where there is no such figure. Claims: ratio_over_hf at least 1.15 on a CPU; on a GPU with ResNet-50 at 224 pixels in
-bf16 an MFU of at least 0.25.
+JSON keys: `ratio_over_hf` (ours against Hugging Face as it comes), `ratio_compiled_over_hf`, `ratio_over_hf_channels_last`,
+`ratio_over_timm`, `mfu` (ours) and `arms`; null where there is no such figure. Claims: ratio_over_hf at least 1.15 on a CPU; on a GPU
+with ResNet-50 at 224 pixels in bf16 an MFU of at least 0.25.
 """
 
 import argparse

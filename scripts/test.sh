@@ -4,4 +4,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 # tests use tiny networks and start ranks of their own: one thread each
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
-exec "$PYTHON" -m pytest "$@"
+# a file a worker at a time: what a module sets up is made once
+exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
