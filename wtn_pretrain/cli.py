@@ -1,5 +1,6 @@
 """The command line that all entry scripts share: `--config FILE`, `--section.key=value`, one line for a mistake."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -65,7 +66,9 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         from wtn_pretrain.parallel.launch import start_ranks
         from wtn_pretrain.stages import Stages
 
-        work(Stages(recipe, start_ranks()))
+        stages = Stages(recipe, start_ranks())
+        with contextlib.closing(stages.notice):
+            work(stages)
     except UserError as error:
         from wtn_pretrain.parallel.launch import first_to_fail
 

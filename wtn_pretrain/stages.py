@@ -44,7 +44,6 @@ class Stages:
 
     def __init__(self, recipe: Recipe, place: Place) -> None:
         self.recipe, self.place = recipe, place
-        self.notice = Notice(60 * recipe.run.time_limit)
         check_writable(recipe.place())
         self.folder = RunFolder(recipe.place())
         self.folder.check(dump_yaml(recipe))
@@ -70,6 +69,7 @@ class Stages:
         if place.rank == 0:
             print(choice.describe(), flush=True)
             self.folder.claim(dump_yaml(recipe))
+        self.notice = Notice(60 * recipe.run.time_limit)
 
     def seed_folder(self, stage: str, seed: int | None) -> Path:
         """The folder of a stage: the first seed's stands in the run's own, further ones below `seed-N`."""
