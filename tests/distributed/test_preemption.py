@@ -1,7 +1,9 @@
 """A run that is told to end leaves after the same step on all ranks, with all of it kept, and continues bit for bit."""
 
+import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,20 @@ from typing import Any
 import pytest
 
 from tests.distributed.imitating import OUTER, Imitations, losses_apart
-from tests.running import BERT, RESNET, Forge, Started, equal_bits, losses, recipe, steps_logged, weights, write_recipe
+from tests.running import (
+    BERT,
+    RESNET,
+    Forge,
+    Started,
+    command,
+    environment,
+    equal_bits,
+    losses,
+    recipe,
+    steps_logged,
+    weights,
+    write_recipe,
+)
 from wtn_pretrain.cli import AGAIN
 
 pytestmark = pytest.mark.slow
@@ -111,3 +126,37 @@ def test_a_time_limit_ends_a_run_of_all_stages(forge: Forge, tmp_path: Path) -> 
     left_after(started, "wide", "the time limit of 0.017 minutes")
     forge.start("run.py", config, ranks=2).succeed()
     assert (tmp_path / "runs" / "bert" / "summary.json").exists()
+
+
+def test_everyone_is_told_under_the_launcher(forge: Forge, tmp_path: Path) -> None:
+    """As a batch system does it: SIGTERM for the launcher and the ranks at once, which the launcher passes on to them again."""
+    kept = []
+    for name in ("whole", "left"):
+        config = write_recipe(tmp_path / f"{name}.yaml", recipe(BERT, {**LONG, "run.name": name}))
+        stage = tmp_path / "runs" / name / "wide"
+        if name == "left":
+            process = subprocess.Popen(
+                command("train_wide.py", config, ranks=2),
+                cwd=tmp_path,
+                env=environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            deadline = time.monotonic() + 90
+            while max(steps_logged(stage), default=0) < 20:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.005)
+            os.killpg(process.pid, signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+            assert process.returncode != 0
+            assert re.search(r"^wide: left after step \d+ of 150 on SIGTERM, all saved; the same command continues$", said, re.MULTILINE), (
+                said
+            )
+            assert "Traceback" not in said
+            assert not (stage / "done.json").exists()
+        forge.start("train_wide.py", config, ranks=2).succeed()
+        kept.append((losses(stage), weights(stage)))
+    assert kept[0][0] == kept[1][0]
+    assert equal_bits(kept[0][1], kept[1][1])

@@ -150,6 +150,8 @@ class Run:
         if together:
             self._all_reported(step)
             self.monitor.close()
+            with self._observer.waiting():
+                self._departure.finish()
             raise Preempted(f"{self.stage}: left after step {step} of {self.total} on {self._departure.why}, all saved")
 
     def _all_reported(self, step: int) -> None:

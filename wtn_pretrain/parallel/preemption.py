@@ -53,10 +53,7 @@ class Notice:
         self._before = {}
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None and number == signal.SIGTERM:
-            # told twice: whoever sends it does not want to wait
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        # told again, it goes on leaving: batch systems and launchers both pass a signal on
         self._signal = number
 
 
@@ -102,6 +99,12 @@ class Departure:
         wait_for_rank(settled)
         self.why = self._store.get("why").decode()
         return self._step == known
+
+    def finish(self) -> None:
+        """Waits until all ranks have kept what they have: a launcher ends the others once one has left."""
+        if self._place.world_size > 1:
+            self._store.add("kept", 1)
+            wait_for_rank(lambda: self._store.add("kept", 0) == self._place.world_size)
 
     def _look(self) -> None:
         if self._store.check(["step"]):

@@ -194,6 +194,7 @@ class _Training:
                 return False
         with self.watch.allow(SAVE, "save"):
             self._close()
+            departure.finish()
         return True
 
     def _close(self) -> None:
