@@ -64,11 +64,11 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
 
         recipe = load_recipe(config, assignments)
         from wtn_pretrain.parallel.launch import start_ranks
+        from wtn_pretrain.parallel.preemption import Notice
         from wtn_pretrain.stages import Stages
 
-        stages = Stages(recipe, start_ranks())
-        with contextlib.closing(stages.notice):
-            work(stages)
+        with contextlib.closing(Notice(60 * recipe.run.time_limit)) as notice:
+            work(Stages(recipe, start_ranks(), notice))
     except UserError as error:
         from wtn_pretrain.parallel.launch import first_to_fail
 

@@ -2,6 +2,7 @@
 
 import math
 import resource
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -113,6 +114,24 @@ def total_memory() -> float:
 def to_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     here = device()
     return {name: value.to(here, non_blocking=True) for name, value in batch.items()}
+
+
+class RunAhead:
+    """Keeps the host at most so many steps ahead of the device. On the CPU it never is."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._marks: deque[torch.Event] = deque()
+
+    def step(self) -> None:
+        """To be called once a step: waits until the device has done what was asked of it so many calls ago."""
+        if device().type == "cpu":
+            return
+        mark = torch.Event(device())
+        mark.record()
+        self._marks.append(mark)
+        if len(self._marks) > self._steps:
+            self._marks.popleft().synchronize()
 
 
 class SideStream:

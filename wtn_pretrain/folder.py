@@ -38,6 +38,7 @@ class RunFolder:
         """Makes the folder this configuration's own, once everything in it has been found to fit."""
         existing = self.path / "config.yaml"
         if not existing.exists() or existing.read_text(encoding="utf-8") != config:
+            self.lock()
             write_text(existing, config)
 
     def lock(self) -> None:

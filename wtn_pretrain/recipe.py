@@ -32,7 +32,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0)
     """Seed of the wide network; everything random follows from it."""
     time_limit: float = Field(0.0, ge=0)
-    """Minutes after which a stage saves at its next step and exits with code 75, as on SIGTERM and SIGUSR1; 0: none."""
+    """Minutes after this start after which a stage saves at its next step and exits with code 75, as on SIGTERM and SIGUSR1; 0: none."""
     kernels: Kernels = "auto"
     """Fused kernels: auto takes the best that works on the device, torch none, triton and apex those alone (docs/kernels.md)."""
 

@@ -26,7 +26,7 @@ from wtn_pretrain.tasks.base import Task
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
 from wtn_pretrain.training.config import TrainSection
-from wtn_pretrain.training.engine import deepspeed_config
+from wtn_pretrain.training.engine import check_training
 from wtn_pretrain.training.loop import train
 
 
@@ -42,8 +42,8 @@ def open_task(recipe: Recipe, cache: Path) -> Task:
 class Stages:
     """One run: its folder, data and networks' shapes, and its stages."""
 
-    def __init__(self, recipe: Recipe, place: Place) -> None:
-        self.recipe, self.place = recipe, place
+    def __init__(self, recipe: Recipe, place: Place, notice: Notice) -> None:
+        self.recipe, self.place, self.notice = recipe, place, notice
         check_writable(recipe.place())
         self.folder = RunFolder(recipe.place())
         self.folder.check(dump_yaml(recipe))
@@ -59,17 +59,16 @@ class Stages:
                 if reason:
                     raise UserError(f"{name}.tensor_parallel: {reason}")
             # what a later stage cannot do is said before the first one begins
-            deepspeed_config(section, name, 1, 1)
+            with torch.device("meta"):
+                check_training(section, name, shape.build())
         learner_config(recipe.narrow, 1)
         with torch.device("meta"):
-            # refused before the wide network is trained, not after
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
         require_same(place, dump_yaml(recipe))
         choice = activate(recipe.run.kernels)
         if place.rank == 0:
             print(choice.describe(), flush=True)
             self.folder.claim(dump_yaml(recipe))
-        self.notice = Notice(60 * recipe.run.time_limit)
 
     def seed_folder(self, stage: str, seed: int | None) -> Path:
         """The folder of a stage: the first seed's stands in the run's own, further ones below `seed-N`."""

@@ -78,7 +78,7 @@ class Run:
             vocab_size=96,
             hidden_size=hidden,
             layers=2,
-            heads=2,
+            heads=4,
             intermediate_size=intermediate,
             max_positions=16,
             dropout=0.0,

@@ -71,7 +71,8 @@ def test_an_average_is_kept_beside_the_engine(forge: Forge, tmp_path: Path) -> N
 
 
 def test_tensor_parallel_parts_are_stored_whole(forge: Forge, tmp_path: Path) -> None:
-    require_same(move(forge, tmp_path, 2, "z0t2 z1 z1t2 z2t2 z0"), losses=1)
+    require_same(move(forge, tmp_path, 2, "z0t2 z1 z1t2 z2t2 z0t2"), losses=1)
+    require_same(move(forge, tmp_path, 4, "z0t4 z1t4 z1t2"), losses=1)
     require_same(move(forge, tmp_path, 1, "z0 z2"), losses=1)
 
 

@@ -25,6 +25,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"wide.tensor_parallel": 2, "wide.sequence_parallel": True, "wide.micro_batch_size": 4},
     ),
+    "4 tensor x 2 data, ZeRO 1": (8, {"wide.tensor_parallel": 4, "wide.deepspeed": "ds_configs/zero1.json"}),
+    "2 tensor, activations computed anew": (2, {"wide.tensor_parallel": 2, "wide.checkpoint_activations": True}),
     "2 tensor x 2 data, ZeRO 1": (4, {"wide.tensor_parallel": 2, "wide.deepspeed": "ds_configs/zero1.json"}),
     "2 tensor x 2 data, ZeRO 2, positions divided": (
         4,
@@ -64,9 +66,23 @@ def test_a_divided_network_trains_as_the_whole_one(layout: str, alone: Path, for
     same(trained(forge, tmp_path / "run", ranks, changes), alone)
 
 
-@pytest.mark.parametrize(("ranks", "positions"), [(2, "whole"), (4, "parts")])
-def test_dropout_with_the_same_masks(ranks: int, positions: str, forge: Forge, tmp_path: Path) -> None:
-    changes = {**DROPOUT, "wide.tensor_parallel": ranks, "wide.sequence_parallel": positions == "parts"}
+LAMB = {"wide.optimizer.name": "lamb", "wide.optimizer.lr": 0.1}
+
+
+@pytest.mark.parametrize("changes", [LAMB, {"data.packing": "documents"}], ids=["LAMB", "packed"])
+def test_under_zero_1(changes: dict[str, Any], forge: Forge, tmp_path: Path) -> None:
+    divided = {"wide.tensor_parallel": 2, "wide.deepspeed": "ds_configs/zero1.json"}
+    same(trained(forge, tmp_path / "divided", 4, {**changes, **divided}), trained(forge, tmp_path / "alone", 1, changes))
+
+
+@pytest.mark.parametrize(("ranks", "positions", "zero"), [(2, "whole", 0), (4, "parts", 0), (2, "whole", 1), (2, "parts", 2)])
+def test_dropout_with_the_same_masks(ranks: int, positions: str, zero: int, forge: Forge, tmp_path: Path) -> None:
+    changes = {
+        **DROPOUT,
+        "wide.tensor_parallel": ranks,
+        "wide.sequence_parallel": positions == "parts",
+        "wide.deepspeed": f"ds_configs/zero{zero}.json",
+    }
     ran = trained(forge, tmp_path / "divided", ranks, changes)
     (tmp_path / "alone").mkdir()
     config = write_recipe(tmp_path / "alone" / "recipe.yaml", recipe(BERT, DROPOUT))

@@ -18,7 +18,7 @@ from torch.distributed import Store
 from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-AHEAD = 2
+AHEAD = 5
 """Steps from where the first rank stands to the one after which all leave."""
 
 _notices: "weakref.WeakSet[Notice]" = weakref.WeakSet()

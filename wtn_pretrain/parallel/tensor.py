@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wtn_pretrain.device import device
+
 SEQUENCE = 1
 """The axis of positions."""
 
@@ -61,7 +63,7 @@ class Ranks:
         The seed comes from the common generator, so that all is a function of its state: a recomputed forward pass repeats it.
         """
         seed = int(torch.randint(2**62, ()))
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([] if device().type == "cpu" else [device().index or 0]):
             torch.manual_seed(seed + self.index)
             yield
 

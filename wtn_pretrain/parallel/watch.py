@@ -38,6 +38,7 @@ CONTINUES = "the same command continues from the newest checkpoint"
 
 TICK = 0.2  # seconds between two looks
 CAP = 1.0  # the most that one look counts: where the machine was suspended nobody is to blame
+STUCK = 10.0  # seconds without a mark after which a second SIGTERM ends a rank that handles it
 GRACE = 5.0  # seconds in which a rank leaves by itself after another has failed with a message of its own
 
 _watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
@@ -76,6 +77,7 @@ class Watch:
         self._order: tuple[str, int] | None = None  # the end that the main thread wants said
         self._told = threading.Event()  # that it is said
         self._failed_at: float | None = None
+        self._first_told: tuple[float, int] | None = None  # when SIGTERM came, and the marks then
         self._pace = Pace(patience)
         self._process = this_process(socket.gethostname())
         _made += 1
@@ -210,6 +212,8 @@ class Watch:
                     self._circle.inquest(final=True)
                     self._circle.end("told", TERM_EXIT)
                     self._leave(TERM_EXIT)
+                elif not said and self._told_while_stuck(signal.SIGTERM in rung, now):
+                    self._leave(TERM_EXIT)
                 elif not said:
                     self._look_at_itself(seconds)
                 if now >= due:
@@ -222,6 +226,15 @@ class Watch:
             # a watch that fails must not hang who waits for it
             traceback.print_exc()
             self._told.set()
+
+    def _told_while_stuck(self, told: bool, now: float) -> bool:
+        """Whether SIGTERM, which somebody handles, has come again after `STUCK` seconds in which the main thread did nothing."""
+        if not told:
+            return False
+        if self._first_told is None or self._first_told[1] != self._marks:
+            self._first_told = now, self._marks
+            return False
+        return now - self._first_told[0] > STUCK
 
     def _look_at_itself(self, seconds: float) -> None:
         finding = self._pace.tick(seconds, Beat(self._marks, self._step, self._what, self._waits), self._allowed)

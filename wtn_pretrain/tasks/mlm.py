@@ -36,8 +36,7 @@ class MlmSection(Section):
 class MlmTask(Task):
     """Predict masked tokens; the loss is the mean over them, plus the pair head's if there is one.
 
-    The mean is over a micro-batch of one rank. Where rows hide different numbers of tokens (whole words, rows of whole documents), ranks
-    weigh alike all the same, as elsewhere in data parallelism.
+    Training takes it over all ranks and micro-batches of a step, however unequally they share the hidden tokens (`terms`).
     """
 
     metric = Metric("masked accuracy", "%", True)

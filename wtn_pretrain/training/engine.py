@@ -56,6 +56,21 @@ def deepspeed_config(section: TrainSection, stage: str, world_size: int, accumul
         },
         follows_layers=True,
     )
+    return _completed(tree, section, stage)
+
+
+def check_training(section: TrainSection, stage: str, network: BlockNetwork) -> None:
+    """Refuses what `start_engine` would refuse on any number of ranks. `network`: of the right shape, it may be without data.
+
+    Raises:
+        UserError: names the key, what is wrong and the remedy.
+    """
+    tree = filled_config(section.deepspeed, stage, section.optimizer, {}, follows_layers=True)
+    _check_network(_completed(tree, section, stage), section, stage, network)
+
+
+def _completed(tree: dict[str, Any], section: TrainSection, stage: str) -> dict[str, Any]:
+    """`tree` with what the section says of precision."""
     level = tree["zero_optimization"].get("stage", 0)
     if level == 3 and section.tensor_parallel > 1:
         raise UserError(
@@ -158,11 +173,7 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     zero = config["zero_optimization"]
     network = module.network
     assert isinstance(network, BlockNetwork)
-    if section.precision in ("bf16_weights", "fp16") and any(buffer.is_floating_point() for buffer in network.buffers()):
-        raise UserError(
-            f"{stage}.precision: {section.precision} would round the statistics of a {network.config.family}'s batch norms; use bf16"
-        )
-    check_buffers(zero, STATES[section.optimizer.name], section.deepspeed)
+    _check_network(config, section, stage, network)
     allow_tf32(section.tf32)
     if world_size > 1:
         synchronise_batch_norm(module)
@@ -181,6 +192,14 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     folder.go_with(engine)
     follow_layers(engine, optimizer)
     return engine
+
+
+def _check_network(config: dict[str, Any], section: TrainSection, stage: str, network: BlockNetwork) -> None:
+    if section.precision in ("bf16_weights", "fp16") and any(buffer.is_floating_point() for buffer in network.buffers()):
+        raise UserError(
+            f"{stage}.precision: {section.precision} would round the statistics of a {network.config.family}'s batch norms; use bf16"
+        )
+    check_buffers(config["zero_optimization"], STATES[section.optimizer.name], section.deepspeed)
 
 
 def average_with_others(engine: Any, ranks: int) -> None:

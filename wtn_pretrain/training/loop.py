@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wtn_pretrain.data.prefetch import on_device
 from wtn_pretrain.data.stream import Batch, batches
-from wtn_pretrain.device import device, peak_flops, peak_memory, to_device
+from wtn_pretrain.device import RunAhead, device, peak_flops, peak_memory, to_device
 from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.grid import Grid
@@ -30,6 +30,8 @@ from wtn_pretrain.training.schedules import scale
 
 SILENCE = 30.0
 """Seconds after which a rank that is not heard of counts as lost; one that dies is noticed at once."""
+HOST_AHEAD = 2
+"""Steps by which a rank's host may be ahead of its device: on it rests that ranks agree where to leave (`preemption.AHEAD`)."""
 START, SAVE, EVALUATE = 1800.0, 1800.0, 3600.0
 """Seconds that starting with the first step, a save and a validation may take before a rank counts as hung."""
 
@@ -114,18 +116,25 @@ class _Training:
         every = section.checkpoint_every or max(1, last // 10)
         began = time.monotonic() - self.spent
         self.engine.train()
-        self.watch.at("data", self.start + 1)
-        for step, micro_batches in enumerate(on_device(self.stream.iterate(self.start, last)), start=self.start):
+        fetched = on_device(self.stream.iterate(self.start, last))
+        pace = RunAhead(HOST_AHEAD)
+        for step in range(self.start, last):
             done = step + 1
+            # the first step meets the other ranks, and may compile
+            patience = section.patience if step > self.start else START
+            self.watch.at("data", done)
+            with self.watch.allow(patience, "data"):
+                micro_batches = next(fetched)
+                pace.step()
             leaving = departure is not None and done < last and departure.due(done)
             saving = leaving or (done % every == 0 and done < last)
             telling = done % section.log_every == 0 or done == last
-            # the first step meets the other ranks, and may compile
-            with self.watch.allow(section.patience if step > self.start else START, "step"):
-                sums, told = self._step(step, micro_batches, telling)
+            with self.watch.allow(patience, "step"):
+                sums, told = self._step(step, micro_batches, telling or saving)
                 if saving or telling:
                     sums = _mean_over_ranks(sums)
-                    _require_finite(sums["loss"], self.stage, done, self.checkpoints.folder)
+                    gradient = 0.0 if self.engine.fp16_enabled() else told.get("grad_norm", 0.0)
+                    _require_finite(float(sums["loss"]), gradient, self.stage, done, self.checkpoints.folder)
             # a backward pass costs twice a forward pass
             flops = 3 * self.task.step_flops(self.network.config, step, last).total * section.batch_size
             self.monitor.step(done, {**sums, **told}, samples=section.batch_size, flops=flops)
@@ -137,7 +146,6 @@ class _Training:
                 self.monitor.event("checkpoint", step=done, **saved._asdict())
             if leaving and departure is not None and self._left(departure, done):
                 raise Preempted(f"{self.stage}: left after step {done} of {last} on {departure.why}, all saved")
-            self.watch.at("data", done + 1)
         spent = time.monotonic() - began
         score = self._evaluated()
         with self.watch.allow(SAVE, "save"), self._averaged():
@@ -185,7 +193,8 @@ class _Training:
 
     def _evaluated(self) -> dict[str, float]:
         with self.watch.allow(EVALUATE, "evaluate"), self._averaged():
-            return _evaluate(self.engine, self.task, self.grid)
+            # what fits in training fits here
+            return _evaluate(self.engine, self.task, self.grid, min(256, max(1, self.stream.micro_batch_size)))
 
     def _left(self, departure: Departure, step: int) -> bool:
         """Whether all ranks leave after `step` steps, all of which is then written."""
@@ -234,18 +243,18 @@ def _mean_over_ranks(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(sums, values / dist.get_world_size(), strict=True))
 
 
-def _require_finite(loss: Tensor, stage: str, step: int, checkpoints: Path) -> None:
-    if not math.isfinite(float(loss)):
+def _require_finite(loss: float, gradient: float, stage: str, step: int, checkpoints: Path) -> None:
+    what, value = ("the loss", loss) if not math.isfinite(loss) else ("the norm of the gradient", gradient)
+    if not math.isfinite(value):
         kept = (
             f"the checkpoint before it is kept in {checkpoints}" if (checkpoints / "latest").exists() else "no checkpoint was written yet"
         )
         raise UserError(
-            f"{stage}: the loss is {float(loss)} at step {step}; "
-            f"lower {stage}.optimizer.lr or {stage}.clip under another --run.name ({kept})"
+            f"{stage}: {what} is {value} at step {step}; lower {stage}.optimizer.lr or {stage}.clip under another --run.name ({kept})"
         )
 
 
-def _evaluate(engine: Any, task: Task, grid: Grid, batch_size: int = 256) -> dict[str, float]:
+def _evaluate(engine: Any, task: Task, grid: Grid, batch_size: int) -> dict[str, float]:
     """Validation over all ranks: each takes every n-th batch, and all take equally many (ZeRO-3 gathers together)."""
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
