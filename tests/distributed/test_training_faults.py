@@ -63,3 +63,16 @@ def test_a_lost_rank_is_named(
     forge.start("train_wide.py", config, ranks=2).succeed()
     assert losses(stage) == whole[0]
     assert equal_bits(weights(stage), whole[1])
+
+
+def test_a_batch_may_take_as_long_as_a_step(forge: Forge, tmp_path: Path) -> None:
+    config = write_recipe(tmp_path / "recipe.yaml", recipe(BERT))
+    program = Path(__file__).with_name("slow_data.py")
+    started = forge.program(program, "--config", str(config), cwd=tmp_path, ranks=2)
+    started.succeed()
+    assert time.monotonic() - started.began > 5
+    # but not longer
+    again = forge.program(program, "--config", str(config), "--run.name=again", "--wide.patience=2", cwd=tmp_path, ranks=2)
+    assert set(again.codes()) == {CULPRIT_EXIT}
+    (said,) = [line for line in again.errors() if line.startswith("error:")]
+    assert re.match(r"error: rank 1 hangs: no progress for \d+ s at 'data' of step 8, ", said), said

@@ -78,6 +78,8 @@ class Seat(NamedTuple):
     rank: int
     names: Sequence[str]
     patience: float
+    together: float
+    """Seconds that ranks may wait for one another."""
     process: Process
     leave: Callable[[Verdict, bool], object]
     """Ends this process over a verdict; the flag says that this rank is the one to speak."""
@@ -176,7 +178,7 @@ class Hub(Circle):
         self._processes: dict[int, Process] = {}
         self._lost: dict[int, float] = {}
         self._early: list[tuple[int, Link, list[dict[str, Any]]]] = []
-        self._ledger = Ledger(len(seat.names), seat.patience)
+        self._ledger = Ledger(len(seat.names), seat.patience, seat.together)
 
     def sockets(self) -> list[socket.socket]:
         return [self._listener, *(link.socket for link in (*self._strangers, *self._links.values()) if not link.closed)]

@@ -81,8 +81,9 @@ class Pace:
 class Ledger:
     """What is known of every rank: when it was last heard, and who waits for whom."""
 
-    def __init__(self, ranks: int, patience: float) -> None:
-        self._patience = patience
+    def __init__(self, ranks: int, patience: float, together: float | None = None) -> None:
+        """`together`: seconds that ranks may wait for one another; None: the patience."""
+        self._patience, self._together = patience, patience if together is None else together
         self.beats: list[Beat | None] = [None] * ranks
         self.silence = [0.0] * ranks
         """Seconds since the last beat of each rank, or since the start."""
@@ -113,11 +114,11 @@ class Ledger:
         return max(quiet)[1] if quiet else None
 
     def stuck(self) -> list[int]:
-        """Ranks that have waited for one another, or for one that has ended, for longer than the patience."""
+        """Ranks that have waited for one another, or for one that has ended, for too long."""
         return [
             rank
             for rank, (caught, longest) in enumerate(zip(self._caught, self._longest_caught, strict=True))
-            if rank not in self.gone and caught > max(self._patience, TOLERANCE * longest)
+            if rank not in self.gone and caught > max(self._together, TOLERANCE * longest)
         ]
 
     def _caught_now(self) -> set[int]:

@@ -51,7 +51,8 @@ class Watch:
     Made by every rank at the same place in its work, on its main thread, within `patience` seconds of one another. `names[r]` is how
     rank r is called: 'rank 1 (units 4-6)'. A rank hangs or has fallen behind after `patience` seconds (see `verdict.Pace`), and is
     given up `patience` seconds after it was last heard. Then every rank exits with `CULPRIT_EXIT`, and one line on standard error says
-    why. With `stacks`, a folder, every rank leaves the stacks of its threads there; without, the one that hangs shows its own.
+    why. Ranks may wait for one another, as in a long collective, for `together` seconds (None: `patience`). With `stacks`, a folder, every
+    rank leaves the stacks of its threads there; without, the one that hangs shows its own.
 
     Leaving the context by an exception looks for a culprit first: where a broken connection follows from another rank's end, the run
     ends as above, without a traceback. Of several ranks that fail by themselves only the first raises. SIGTERM, where nobody handles
@@ -60,7 +61,9 @@ class Watch:
     With one rank it does nothing.
     """
 
-    def __init__(self, place: Place, names: Sequence[str], patience: float = 30.0, *, stacks: Path | None = None) -> None:
+    def __init__(
+        self, place: Place, names: Sequence[str], patience: float = 30.0, *, together: float | None = None, stacks: Path | None = None
+    ) -> None:
         global _made
         if len(names) != place.world_size or patience < 5 * TICK:
             raise ValueError("one name a rank, and a patience of at least a second")
@@ -81,7 +84,9 @@ class Watch:
         self._pace = Pace(patience)
         self._process = this_process(socket.gethostname())
         _made += 1
-        self._circle = join(Seat(place.rank, names, patience, self._process, self._convict, self._heard), f"watch/{_made}")
+        self._circle = join(
+            Seat(place.rank, names, patience, together or patience, self._process, self._convict, self._heard), f"watch/{_made}"
+        )
         self._signals, self._bell = socket.socketpair()
         for end in (self._signals, self._bell):
             end.setblocking(False)

@@ -69,7 +69,7 @@ def train(
         Preempted: `notice` came; a checkpoint of the last step is kept.
     """
     departure = Departure(notice, place) if notice else None
-    with Watch(place, [f"rank {rank}" for rank in range(place.world_size)], SILENCE) as watch:
+    with Watch(place, [f"rank {rank}" for rank in range(place.world_size)], SILENCE, together=section.patience) as watch:
         with watch.allow(START, "start"):
             run = _Training(network, task, section, stage, folder, seed, place, watch)
         return run.go(departure)
@@ -129,7 +129,8 @@ class _Training:
             leaving = departure is not None and done < last and departure.due(done)
             saving = leaving or (done % every == 0 and done < last)
             telling = done % section.log_every == 0 or done == last
-            with self.watch.allow(patience, "step"):
+            # whoever is late, the others are in a collective with it
+            with self.watch.waiting() if step > self.start else self.watch.allow(START, "step"):
                 sums, told = self._step(step, micro_batches, telling or saving)
                 if saving or telling:
                     sums = _mean_over_ranks(sums)
