@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -83,10 +84,15 @@ def write_recipe(path: Path, tree: Mapping[str, Any]) -> Path:
 
 
 def compiled(op: str) -> bool:
-    """Whether DeepSpeed has compiled an op here, which takes minutes at first use: tests wait for that only if WTN_COMPILE is set."""
-    return bool(os.environ.get("WTN_COMPILE")) or any(
-        Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")).rglob(f"{op}*.so")
-    )
+    """Whether DeepSpeed has compiled an op for this environment, which takes minutes at first use: tests wait for that only if WTN_COMPILE
+    is set."""
+    if os.environ.get("WTN_COMPILE"):
+        return True
+    found = importlib.util.find_spec("deepspeed")
+    here = str(Path(found.origin).parent) if found and found.origin else ""
+    builds = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")).rglob(f"{op}*.so")
+    # another environment's sources are newer or older: it would be built again
+    return any(here in (built.parent / "build.ninja").read_text() for built in builds if (built.parent / "build.ninja").exists())
 
 
 def free_port() -> int:
