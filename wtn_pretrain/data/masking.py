@@ -9,7 +9,7 @@ import torch
 from wtn_pretrain.data.hashing import uniforms
 from wtn_pretrain.data.packing import SPECIAL, PackedText
 from wtn_pretrain.data.text import TextSet
-from wtn_pretrain.data.tokenizer import continuations
+from wtn_pretrain.data.tokenizer import continuations, unused_ids
 from wtn_pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class Masker:
         size = len(tokenizer)
         self._special = np.zeros(size, bool)
         self._special[[number for number in tokenizer.all_special_ids if number < size]] = True
-        self._ordinary = np.flatnonzero(~self._special)
+        # BERT's own vocabularies have entries that no text gets: as random words they would give the place away
+        self._ordinary = np.setdiff1d(np.flatnonzero(~self._special), unused_ids(tokenizer))
         if not len(self._ordinary):
             raise UserError(f"the tokenizer's vocabulary of {size} holds special tokens only; give one with words")
         self._continues = continuations(tokenizer)
@@ -106,6 +107,11 @@ class MaskedText:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @property
+    def shares(self) -> tuple[tuple[int, ...], tuple[float, ...]] | None:
+        """Sizes and weights of the texts that are blended here; None: there is one."""
+        return getattr(self.text, "shares", None)
 
     def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
         """See `wtn_pretrain.data.stream.Dataset`."""
