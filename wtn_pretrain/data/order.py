@@ -61,7 +61,7 @@ class Blended:
         """`weights`: one a set, at least 0, not all 0; only their proportions count."""
         if len(weights) != len(sizes) or any(weight < 0 for weight in weights) or not sum(weights):
             raise UserError(f"weights {list(weights)} do not suit {len(sizes)} sets; give one for each, none negative and not all zero")
-        self._seed, self._offsets = seed, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         exact = np.array(weights, np.float64) / sum(weights) * _CYCLE
         counts = np.floor(exact).astype(np.int64)
         # the largest remainders have what rounding down has left
@@ -70,18 +70,32 @@ class Blended:
         seeds = [int(hash_keys(seed, _PART, part) >> np.uint64(1)) for part in range(len(sizes))]
         self._parts = [Epochs(own, size) for own, size in zip(seeds, sizes, strict=True)]
         self._slots = np.repeat(np.arange(len(sizes)), counts)
-        self._ranks = np.arange(_CYCLE) - np.repeat(np.cumsum(counts) - counts, counts)
-        self._orders = Epochs(int(hash_keys(seed, _SLOT) >> np.uint64(1)), _CYCLE)
+        self._seed = int(hash_keys(seed, _SLOT) >> np.uint64(1))
+        self._cycles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See `Order.at`; indices count through the sets one after the other."""
-        cycles, slots = self._orders.at(numbers)
-        parts = self._slots[slots]
+        cycles, places = np.divmod(numbers, _CYCLE)
+        parts, ranks = np.empty_like(numbers), np.empty_like(numbers)
+        for cycle in np.unique(cycles):
+            within = cycles == cycle
+            parts[within], ranks[within] = (values[places[within]] for values in self._cycle(int(cycle)))
         epochs, indices = np.empty_like(numbers), np.empty_like(numbers)
         for part in np.unique(parts):
             own = parts == part
-            epochs[own], indices[own] = self._parts[part].at(cycles[own] * self._counts[part] + self._ranks[slots[own]])
+            epochs[own], indices[own] = self._parts[part].at(cycles[own] * self._counts[part] + ranks[own])
         return epochs, indices + self._offsets[parts]
+
+    def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """The set of each sample of a cycle, and how many of the same set stand before it in the cycle."""
+        if cycle not in self._cycles:
+            while len(self._cycles) > 1:  # a batch may straddle two
+                self._cycles.pop(next(iter(self._cycles)))
+            parts = self._slots[permutation(self._seed, cycle, _CYCLE)]
+            ranks = np.empty(_CYCLE, np.int64)
+            ranks[np.argsort(parts, kind="stable")] = np.arange(_CYCLE) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
+            self._cycles[cycle] = parts, ranks
+        return self._cycles[cycle]
 
 
 def order_of(dataset: object, size: int, seed: int, shuffle: bool) -> Order:

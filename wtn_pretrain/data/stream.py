@@ -28,9 +28,10 @@ class Dataset(Protocol):
 class BatchStream:
     """The training batches of a dataset.
 
-    Sample number n = step * batch_size + j stands in epoch n // N at position n % N of that epoch's permutation (where several sets are
-    blended by weight: see `wtn_pretrain.data.order`), and its seed is a hash of (seed, epoch, index). Neither depends on rank count, accumulation or workers. The global batch is cut into
-    `accumulation` runs of micro_batch_size * world_size samples; of each, rank r takes the r-th micro-batch.
+    Sample number n = step * batch_size + j stands in epoch n // N at position n % N of that epoch's permutation (sets that are blended
+    by weight: see `wtn_pretrain.data.order`), and its seed is a hash of (seed, epoch, index). Neither depends on rank count,
+    accumulation or workers. The global batch is cut into `accumulation` runs of micro_batch_size * world_size samples; of each, rank r
+    takes the r-th micro-batch.
     """
 
     accumulation: int

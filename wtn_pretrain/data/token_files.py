@@ -1,10 +1,10 @@
 """Token ids on disk for training at scale: `PREFIX.bin`, `PREFIX.idx` and the checksums in `PREFIX.sums`, all memory-mapped.
 
-`.bin` and `.idx` are laid out as Megatron-LM's indexed datasets are, so its corpora are read as they are and it reads these. The index
-holds, little-endian and without padding: the magic bytes, uint64 version 1, uint8 code of the ids' type, uint64 number of sequences S and of
-document bounds D, then int32 [S] lengths in ids, int64 [S] first bytes in `.bin`, int64 [D] first sequence of each document and the end.
-A sequence is a sentence where text was split into them, else a document. `.sums` holds the uint64 XXH3 of every 64 KiB of `.bin`, then of
-`.idx`; Megatron's own corpora come without it and are not checked.
+`.bin` and `.idx` are laid out as Megatron-LM's indexed datasets are, so its corpora are read as they are and it reads these. The
+index holds, little-endian and without padding: the magic bytes, uint64 version 1, uint8 code of the ids' type, uint64 number of
+sequences S and of document bounds D, then int32 [S] lengths in ids, int64 [S] first bytes in `.bin`, int64 [D] first sequence of each
+document and the end. A sequence is a sentence where text was split into them, else a document. `.sums` holds the uint64 XXH3 of every
+64 KiB of `.bin`, then of `.idx`; Megatron's own corpora come without it and are not checked.
 """
 
 import os
@@ -101,7 +101,9 @@ class TokenFile:
         wrong = np.flatnonzero((lengths < 0) | (starts != bounds[:-1] * self.tokens.dtype.itemsize))
         if len(wrong) or bounds[-1] != len(self.tokens):
             place = f"sequence {wrong[0]}" if len(wrong) else "its end"
-            raise UserError(f"{index}: disagrees with {files_of(self.prefix)[0].name} at {place}; the two do not belong together, write both anew")
+            raise UserError(
+                f"{index}: disagrees with {files_of(self.prefix)[0].name} at {place}; the two do not belong together, write both anew"
+            )
         return bounds
 
     def document_sequences(self) -> np.ndarray:

@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The special tokens of a trained vocabulary; their ids are their positions here."""
 
 _ALPHABET_LIMIT = 1000
-_UNUSED = re.compile(r"\[unused\d+\]")
+_UNUSED = re.compile(r"\[unused ?\d+\]")
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "PreTrainedTokenizerBase":

@@ -45,7 +45,9 @@ def train_tokenizer_command(arguments: Sequence[str]) -> str:
     parser.add_argument("--vocab-size", type=_count, default=30522, metavar="N", help="entries; rounded up to --multiple (default 30522)")
     parser.add_argument("--multiple", type=_count, default=64, metavar="N", help="pad the vocabulary to a multiple of N (default 64)")
     parser.add_argument("--cased", action="store_true", help="keep case and accents")
-    parser.add_argument("--limit-mb", type=float, metavar="X", help="millions of characters to train on, spread over the files (default: all)")
+    parser.add_argument(
+        "--limit-mb", type=float, metavar="X", help="millions of characters to train on, spread over the files (default: all)"
+    )
     parser.add_argument("--from-sentencepiece", type=Path, metavar="FILE", help="convert this .model instead of training")
     options = parser.parse_args(arguments)
     from wtn_pretrain.data.prepare.sentencepiece_model import read_sentencepiece
@@ -74,18 +76,23 @@ def preprocess_command(arguments: Sequence[str]) -> str:
         "Turn raw text into token files (Megatron's .bin and .idx, with checksums) that data.source corpus reads.\n"
         "Run the same command again to go on where it was broken off.",
         "python tools/preprocess_corpus.py --tokenizer tok --out corpus wiki/*.txt.xz books.jsonl.zst\n"
-        "python tools/preprocess_corpus.py --tokenizer tok --out corpus --deduplicate --near-duplicates 0.8 datasets:wikimedia/wikipedia:20231101.en\n"
+        "python tools/preprocess_corpus.py --tokenizer tok --out corpus --deduplicate --near-duplicates 0.8 datasets:NAME:CONFIG\n"
         "python tools/preprocess_corpus.py --check corpus",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write")
     parser.add_argument("--tokenizer", metavar="PATH", help="folder of a saved tokenizer, or a BERT vocab.txt")
     parser.add_argument("--sentences", action="store_true", help="keep the bounds of sentences, for sentence pairs")
     parser.add_argument("--deduplicate", action="store_true", help="drop documents that were there before")
-    parser.add_argument("--near-duplicates", type=float, metavar="S", help="drop documents that are S alike (Jaccard, by MinHash), such as 0.8")
-    parser.add_argument("--valid-fraction", type=float, default=0.05, metavar="F", help="part held out, by hash of the document (default 0.05)")
+    parser.add_argument(
+        "--near-duplicates", type=float, metavar="S", help="drop documents that are S alike (Jaccard, by MinHash), such as 0.8"
+    )
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.05, metavar="F", help="part held out, by hash of the document (default 0.05)"
+    )
     parser.add_argument("--licence", default="unknown", metavar="TEXT", help="licence of the text, for the card")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that tokenise (default: one a core)")
+    parser.add_argument("--record-seconds", type=float, default=15, metavar="S", help="how much a kill costs at most (default 15)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="read a prepared corpus whole and compare all checksums")
     options = parser.parse_args(arguments)
@@ -107,6 +114,7 @@ def preprocess_command(arguments: Sequence[str]) -> str:
         options.licence,
         options.faults,
         options.workers,
+        options.record_seconds,
     )
     with _Bar(options.quiet) as bar:
         card = prepare_corpus(plan, bar)
@@ -139,14 +147,26 @@ def _check(folder: Path) -> str:
 
 def _parser(description: str, examples: str) -> Parser:
     parser = Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="files, globs or folders of .txt, .jsonl, .parquet (.gz .xz .bz2 .zst), or datasets:NAME[:CONFIG]")
-    parser.add_argument("--column", default="text", metavar="NAME", help="field of the text in JSON lines, Parquet and datasets (default text)")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files, globs or folders of .txt, .jsonl, .parquet (.gz .xz .bz2 .zst), or datasets:NAME[:CONFIG]",
+    )
+    parser.add_argument(
+        "--column", default="text", metavar="NAME", help="field of the text in JSON lines, Parquet and datasets (default text)"
+    )
     parser.add_argument("--split", default="train", metavar="NAME", help="split of a datasets name (default train)")
     parser.add_argument(
-        "--boundary", choices=("auto", "blank", "line", "file"), default="auto", help="what ends a document in a text file (auto: <doc> lines, else the file)"
+        "--boundary",
+        choices=("auto", "blank", "line", "file"),
+        default="auto",
+        help="what ends a document in a text file (auto: <doc> lines, else the file)",
     )
     parser.add_argument("--max-document", type=float, default=64, metavar="MB", help="megabytes that a document may have (default 64)")
-    parser.add_argument("--faults", choices=("stop", "skip"), default="stop", help="stop at what cannot be read, or skip and count it (default stop)")
+    parser.add_argument(
+        "--faults", choices=("stop", "skip"), default="stop", help="stop at what cannot be read, or skip and count it (default stop)"
+    )
     return parser
 
 

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -125,9 +124,7 @@ def prepare_corpus(plan: Preparation, told: Callable[[int, int], None] | None = 
                 "licence": plan.licence,
                 "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocab_size": len(tokenizer), "from": plan.tokenizer},
                 "settings": settings,
-                "sources": [
-                    {"name": s.name, "bytes": s.size, "documents": n} for s, n in zip(sources, making.read, strict=True)
-                ],
+                "sources": [{"name": s.name, "bytes": s.size, "documents": n} for s, n in zip(sources, making.read, strict=True)],
                 "parts": parts,
                 **making.counts(),
                 "skipped": making.faults.state(),
@@ -159,6 +156,8 @@ class _Making:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.finished = _read(self.folder / CARD)
         journal = _read(self.folder / _JOURNAL)
+        if journal is not None and journal["cursor"] == [0, 0]:
+            journal = None  # it had not come to anything
         if journal is not None and journal["key"] != key:
             raise UserError(
                 f"{self.folder}: holds what is left of making a corpus with other settings or files; give those, or remove the folder"
@@ -317,7 +316,6 @@ class _Making:
         }
         write_text(self.folder / _JOURNAL, json.dumps(journal))
         self._committed = now
-
 
 
 def _answer(result: Callable[[], Prepared]) -> Prepared:

@@ -57,7 +57,8 @@ def as_tokenizer(content: bytes, name: str, *, multiple: int) -> "PreTrainedToke
     present = {piece for piece, _ in pieces}
     pieces += [(word, 0.0) for word in names.values() if word not in present]
     least = min(score for _, score in pieces)
-    pieces += [(f"[unused{number}]", least - 1e3) for number in range(-len(pieces) % multiple)]
+    # spaces become ▁ before pieces are looked up, so that no text matches these
+    pieces += [(f"[unused {number}]", least) for number in range(-len(pieces) % multiple)]
     model: Any
     if proto.trainer_spec.model_type == _UNIGRAM:
         model = models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback)
@@ -120,4 +121,3 @@ def _merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
             if left in pieces and right in pieces:
                 found.append((-score, ranks[left], ranks[right], (left, right)))
     return [merge for *_, merge in sorted(found)]
-

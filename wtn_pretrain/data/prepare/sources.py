@@ -1,4 +1,4 @@
-"""Documents of raw text: text files, JSON lines, Parquet, compressed or not, and `datasets` names, one after the other in bounded memory."""
+"""Documents of raw text, one after the other in bounded memory: text files, JSON lines, Parquet, compressed or not, `datasets` names."""
 
 import glob
 import json
@@ -126,7 +126,7 @@ def _text_documents(stream: Stream, reading: Reading, faults: Faults) -> Iterato
     start = size = 0
     too_long = False
     for position, line, whole in stream.lines(reading.max_document + 1):
-        marker = reading.boundary == "auto" and (line.startswith(b"<doc ") or line.startswith(b"</doc>"))
+        marker = reading.boundary == "auto" and line.startswith((b"<doc ", b"<doc>", b"</doc>"))
         ends = marker or (reading.boundary == "blank" and not line.strip())
         if ends:
             if not too_long:

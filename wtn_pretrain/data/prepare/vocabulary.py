@@ -138,7 +138,9 @@ def _train_unigram(texts: Iterable[str], size: int, lowercase: bool, multiple: i
         )
     except (RuntimeError, OSError, ValueError) as error:
         counted.require()
-        raise UserError(f"--vocab-size {size}: SentencePiece cannot train ({str(error).splitlines()[-1]}); give more text or another size") from None
+        raise UserError(
+            f"--vocab-size {size}: SentencePiece cannot train ({str(error).splitlines()[-1]}); give more text or another size"
+        ) from None
     counted.require()
     return as_tokenizer(model.getvalue(), "the trained model", multiple=multiple)
 
@@ -157,4 +159,3 @@ class _Counted:
     def require(self) -> None:
         if not self._any:
             raise UserError("the training text of the tokenizer is empty; give text")
-
