@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from wtn_pretrain.data.hashing import uniforms
+from wtn_pretrain.data.hashing import uniforms, uniforms_at
 from wtn_pretrain.data.packing import SPECIAL
 from wtn_pretrain.data.sentence_pairs import PAIR_SPECIAL
 from wtn_pretrain.data.stream import Dataset
@@ -73,21 +73,25 @@ class Masker:
         slots = self.slots(input_ids.shape[1])
         budgets = np.full(len(input_ids), slots) if words is None else np.minimum(self.budgets(words), slots)
         eligible = ~self._special[input_ids]
-        keys = uniforms(seeds, _CHOICE, input_ids.shape[1])
-        actions = uniforms(seeds, _ACTION, input_ids.shape[1])
+        head: np.ndarray | None = None
         if self.span:
             chosen, head = self._choose_spans(input_ids, eligible, seeds, budgets)
-            actions = np.take_along_axis(actions, head, 1)
-        elif self.whole_word:
-            chosen = self._choose_words(input_ids, eligible, keys, budgets)
         else:
-            chosen = _smallest(np.where(eligible, keys, 2.0), budgets, slots)
-        picks = np.floor(uniforms(seeds, _REPLACEMENT, input_ids.shape[1]) * len(self._ordinary)).astype(np.int64)
-        masked = np.where(chosen & (actions < 0.8), self.mask_id, input_ids)
-        masked = np.where(chosen & (actions >= 0.9), self._ordinary[picks], masked)
+            keys = uniforms(seeds, _CHOICE, input_ids.shape[1])
+            if self.whole_word:
+                chosen = self._choose_words(input_ids, eligible, keys, budgets)
+            else:
+                chosen = _smallest(np.where(eligible, keys, 2.0), budgets, slots)
         positions, used = _positions(chosen, slots)
-        targets = np.where(used, np.take_along_axis(input_ids, positions, 1), IGNORED)
-        return masked, positions, targets
+        # every place has draws of its own, of which only the chosen ones' are made
+        actions = uniforms_at(seeds, _ACTION, positions if head is None else np.take_along_axis(head, positions, 1))
+        picks = np.floor(uniforms_at(seeds, _REPLACEMENT, positions) * len(self._ordinary)).astype(np.int64)
+        words_there = np.take_along_axis(input_ids, positions, 1)
+        seen = np.where(actions < 0.8, self.mask_id, np.where(actions >= 0.9, self._ordinary[picks], words_there))
+        masked = input_ids.copy()
+        rows = np.broadcast_to(np.arange(len(input_ids))[:, None], positions.shape)
+        masked[rows[used], positions[used]] = seen[used]
+        return masked, positions, np.where(used, words_there, IGNORED)
 
     def _choose_words(self, input_ids: np.ndarray, eligible: np.ndarray, keys: np.ndarray, budgets: np.ndarray) -> np.ndarray:
         rows = np.arange(len(input_ids))

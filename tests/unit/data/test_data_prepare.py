@@ -18,10 +18,10 @@ import pytest
 
 from tests.running import environment
 from tests.unit.data.preparing import WORDS, documents_of, held, ids_of, prepared, save_words, text_of, write_lines
+from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.prepare.command import preprocess_command
 from wtn_pretrain.data.prepare.corpus import Preparation, prepare_corpus
 from wtn_pretrain.data.prepare.duplicates import MinHash, Seen, text_hash
-from wtn_pretrain.data.prepare.faults import Faults
 from wtn_pretrain.data.prepare.sentences import split_sentences
 from wtn_pretrain.data.prepare.sources import Reading, documents, find_sources
 from wtn_pretrain.data.token_files import open_token_file

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.prepare.corpus import PARTS, Preparation, prepare_corpus
-from wtn_pretrain.data.prepare.faults import Faults
 from wtn_pretrain.data.prepare.sources import Reading, find_sources
 from wtn_pretrain.errors import UserError
 

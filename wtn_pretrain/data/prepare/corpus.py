@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from wtn_pretrain.data.faults import Faults, Policy
 from wtn_pretrain.data.prepare.duplicates import MinHash, Seen
-from wtn_pretrain.data.prepare.faults import Faults, Policy
 from wtn_pretrain.data.prepare.part import PartWriter
 from wtn_pretrain.data.prepare.sources import Reading, Source, documents, find_sources
 from wtn_pretrain.data.prepare.worker import Prepared, Preparer, Work, begin, peak_memory, prepare

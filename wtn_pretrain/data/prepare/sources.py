@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from wtn_pretrain.data.prepare.faults import Faults
+from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.prepare.streams import COMPRESSED, UNREADABLE, ExpansionError, Stream, open_stream
 from wtn_pretrain.errors import UserError
 

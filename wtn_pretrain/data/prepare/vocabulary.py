@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from wtn_pretrain.data.prepare.faults import Faults
+from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.prepare.sentencepiece_model import as_tokenizer, with_special_tokens
 from wtn_pretrain.data.prepare.sources import Reading, Source, documents
 from wtn_pretrain.data.tokenizer import SPECIAL_TOKENS, train_wordpiece

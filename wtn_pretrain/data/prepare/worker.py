@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from wtn_pretrain.data.prepare.duplicates import MinHash, text_hash
 from wtn_pretrain.data.prepare.sentences import split_sentences
+from wtn_pretrain.data.prepare.words import Words, works_by_words
 
 _PIECE = 1 << 14
 """Characters that are tokenised together: what a piece holds in memory is some hundred times as much."""
@@ -54,6 +55,7 @@ class Preparer:
         self._tokenizer: Tokenizer = Tokenizer.from_str(work.tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._words = Words(self._tokenizer, work.dtype) if works_by_words(self._tokenizer) else None
         self._near = MinHash(work.near) if work.near is not None else None
 
     def __call__(self, texts: list[str]) -> Prepared:
@@ -79,6 +81,8 @@ class Preparer:
 
     def _encode(self, pieces: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all pieces, one after the other, and how many each has: int64 [pieces]."""
+        if self._words is not None:
+            return self._words.encode(pieces)
         found: list[np.ndarray] = []
         sizes = np.zeros(len(pieces), np.int64)
         first = size = 0

@@ -1,5 +1,7 @@
 """What was wrong with raw data: reported with file and position, and by choice counted and left out."""
 
+import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +16,8 @@ class Faults:
     """Counts what is left out, by kind, with the first few of each kind; under "stop" the first one ends the work."""
 
     policy: Policy = "stop"
+    remedy: str = "--faults skip"
+    """How the user chooses to skip."""
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -24,7 +28,7 @@ class Faults:
             UserError: the policy is "stop".
         """
         if self.policy == "stop":
-            raise UserError(f"{where}: {what}; repair it, or leave what cannot be read out and count it with --faults skip")
+            raise UserError(f"{where}: {what}; repair it, or leave what cannot be read out and count it with {self.remedy}")
         self.counts[kind] = self.counts.get(kind, 0) + 1
         some = self.examples.setdefault(kind, [])
         if len(some) < _EXAMPLES:
@@ -38,3 +42,10 @@ class Faults:
         """Goes on from the `state` of an earlier run."""
         self.counts = dict(state["counts"])
         self.examples = {kind: list(some) for kind, some in state["examples"].items()}
+
+
+def tell_skipped(faults: Faults, name: str) -> None:
+    """Says on standard error what was left out of the data called `name`, on the first rank alone."""
+    if faults.counts and os.environ.get("RANK", "0") == "0":
+        for kind, count in sorted(faults.counts.items()):
+            print(f"data: {name}: skipped: {kind}, {count} times, such as {faults.examples[kind][0]}", file=sys.stderr)
