@@ -209,7 +209,9 @@ def images(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     batch = min(IMAGES, options.images)
     data = ImageData(source="folder", path=str(root), size=SIDE, channels=3, random_resized_crop=True, flip=True, valid_fraction=0.01)
     ours = BatchStream(open_images(data).train, batch, seed=0, workers=options.workers)
-    plain = torch.utils.data.DataLoader(PlainFolder(root / "train"), batch, shuffle=True, num_workers=options.workers)
+    plain = torch.utils.data.DataLoader(
+        PlainFolder(root / "train"), batch, shuffle=True, num_workers=options.workers, persistent_workers=True
+    )
 
     def forever() -> Iterator[Any]:
         while True:

@@ -93,7 +93,7 @@ def test_real_jpegs_in_a_tar(shared: Callable[[str], Path], tmp_path: Path) -> N
         head = stream.read(1_000_000)
     whole = (len(head) // 512 - 1) * 512
     (tmp_path / "cifar.tar").write_bytes(head[: whole + 100])  # the beginning of test/, cut off
-    with pytest.raises(UserError, match=r"cifar\.tar, .*byte \d+: (is cut off|has no end); the archive is truncated; .*data\.faults: skip"):
+    with pytest.raises(UserError, match=r"cifar\.tar, .*byte \d+: (is cut off|has no end|cannot be read on).*data\.faults: skip"):
         open_images(settings(tmp_path))
     splits = open_images(settings(tmp_path, faults="skip"))
     assert splits.size == 32 and len(splits.train) > 300
@@ -126,7 +126,7 @@ CASES = [
     ("path outside the archive", [("../../up.png", png(1)), ("../../up.cls", b"1")], None, r"\.\./\.\./up\.png: its path leads out"),
     ("path outside the archive", [("/abs.png", png(1))], None, r"/abs\.png: its path leads out of the archive"),
     ("no plain file", [], link, r"link\.png: is a link, a device or sparse"),
-    ("truncated archive", [], cut, r"train\.tar, .*byte \d+: (is cut off|has no end); the archive is truncated"),
+    ("truncated archive", [], cut, r"train\.tar, .*byte \d+: (is cut off|has no end|cannot be read on)"),
     ("image without label", [("lonely.png", png(1))], None, r"lonely\.png: has no label"),
     ("unknown label", [("x.png", png(1)), ("x.cls", b"7")], None, r"x\.png: label 7 is not among the 3 classes"),
     ("unknown label", [("x.png", png(1)), ("x.cls", b"bat")], None, r"x\.png: label 'bat' is not among the 3 classes"),
