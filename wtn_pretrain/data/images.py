@@ -11,9 +11,12 @@ from pydantic import Field, model_validator
 from wtn_pretrain.config import Section
 from wtn_pretrain.data import image_files
 from wtn_pretrain.data.augment import Augment, erase, shift_and_flip
+from wtn_pretrain.data.faults import Faults, Policy, tell_skipped
 from wtn_pretrain.data.hashing import permutation
 from wtn_pretrain.data.image_arrays import CIFAR_CLASSES, ArrayPixels, Arrays, read_cifar, read_digits, read_idx, with_channels
+from wtn_pretrain.data.image_cache import cached
 from wtn_pretrain.data.image_files import DecodedPixels, Encoded, Subset, TableImages
+from wtn_pretrain.data.image_shards import read_shards
 from wtn_pretrain.data.mixing import mix, partners
 from wtn_pretrain.data.rand_augment import rand_augment
 from wtn_pretrain.data.tables import check_column, open_tables, training_table, validation_table
@@ -30,12 +33,18 @@ class ImageData(Section):
 
     kind: Literal["images"] = "images"
     """Images."""
-    source: Literal["digits", "folder", "idx", "cifar", "datasets"] = "digits"
+    source: Literal["digits", "folder", "idx", "cifar", "datasets", "tar"] = "digits"
     """Where the images come from: scikit-learn's digits (need no file), class folders, IDX files (MNIST), CIFAR-10's binary version,
-    or tables read through the datasets library."""
+    tables read through the datasets library, or tar files (WebDataset's shards, or class folders in a tar)."""
     path: str | None = None
     """Folder with train/ and valid/ (or test/) class folders, folder of IDX files or of data_batch_*.bin, or for datasets a hub name
-    or a folder of Parquet or arrow files; digits need none."""
+    or a folder of Parquet or arrow files, or folder of .tar files, those of validation named valid* or test*; digits need none."""
+    cache: str | None = None
+    """Folder to keep decoded pixels in, for sets that fit on the disk at `size`: later epochs and runs decode nothing; sources folder,
+    datasets and tar, with size. Null decodes anew each time."""
+    faults: Policy = "stop"
+    """What to do about what cannot be read in tar files, and about images that cannot be decoded into `cache`: stop, or skip and count
+    them (the count is printed and stands in the cache's card.json)."""
     size: int | None = Field(default=None, ge=1)
     """Side in pixels to crop and resize to; null keeps the native size, which all images must then share."""
     channels: Literal[1, 3] | None = None
@@ -78,10 +87,12 @@ class ImageData(Section):
     def _fits_together(self) -> "ImageData":
         if self.source != "digits" and self.path is None:
             raise UserError(f"path is missing, which source {self.source} needs")
-        if self.source not in ("folder", "datasets") or self.size is None:
-            for name in ("random_resized_crop", "crop_fraction"):
+        if self.source not in ("folder", "datasets", "tar") or self.size is None:
+            for name in ("random_resized_crop", "crop_fraction", "cache"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise UserError(f"{name} needs size and source folder or datasets; leave it out")
+                    raise UserError(f"{name} needs size and source folder, datasets or tar; leave it out")
+        if self.cache is not None and self.random_resized_crop:
+            raise UserError("cache keeps images at size, of which random_resized_crop would cut parts; leave one of them out")
         if not self.rand_augment and self.magnitude != type(self).model_fields["magnitude"].default:
             raise UserError("magnitude is that of rand_augment, which is off; set rand_augment to 2, or leave magnitude out")
         shares = [share for share, _ in self.sizes]
@@ -188,6 +199,11 @@ def _open(config: ImageData) -> ImageSplits:
         return _array_splits(config, *read_idx(root), None)
     if config.source == "cifar":
         return _array_splits(config, *read_cifar(root), CIFAR_CLASSES)
+    if config.source == "tar":
+        faults = _faults(config)
+        found = read_shards(root, config.classes, faults)
+        tell_skipped(faults, str(root))
+        return _decoded_splits(config, *found)
     train, labels, valid, valid_labels, classes = image_files.read_folder(root)
     return _decoded_splits(config, train, labels, valid, valid_labels, classes)
 
@@ -282,11 +298,19 @@ def _decoded_splits(
         valid, valid_labels = Subset(train, rest), labels[rest]
         train, labels = Subset(train, kept), labels[kept]
     chosen = _limited(len(labels), config)
+    labels = labels[chosen]
     mean, std = _DECODED_MEAN[channels], _DECODED_STD[channels]
-    training = DecodedPixels(Subset(train, chosen), channels, size, config.crop_fraction)
-    held_out = DecodedPixels(valid, channels, size, config.crop_fraction)
+    training: Pixels = DecodedPixels(Subset(train, chosen), channels, size, config.crop_fraction)
+    held_out: Pixels = DecodedPixels(valid, channels, size, config.crop_fraction)
+    if config.cache is not None:
+        assert isinstance(training, DecodedPixels)
+        assert isinstance(held_out, DecodedPixels)
+        faults, folder = _faults(config), Path(config.cache)
+        training, labels = cached(training, labels, folder / "train", faults)
+        held_out, valid_labels = cached(held_out, valid_labels, folder / "valid", faults)
+        tell_skipped(faults, config.cache)
     return ImageSplits(
-        ImageSet(training, labels[chosen], mean, std, _augment(config, size)),
+        ImageSet(training, labels, mean, std, _augment(config, size)),
         ImageSet(held_out, valid_labels, mean, std),
         classes,
         channels,
@@ -294,6 +318,10 @@ def _decoded_splits(
         mean,
         std,
     )
+
+
+def _faults(config: ImageData) -> Faults:
+    return Faults(config.faults, "data.faults: skip")
 
 
 def _augment(config: ImageData, size: int) -> Augment | None:

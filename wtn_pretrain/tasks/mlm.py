@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wtn_pretrain.config import Section
+from wtn_pretrain.data.lengths import LengthenedStream, begins, length_at
 from wtn_pretrain.data.masking import IGNORED, MaskedText, Masker
 from wtn_pretrain.data.packing import PackedText
-from wtn_pretrain.data.stream import batches
+from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.data.text import TextData, open_text
+from wtn_pretrain.data.work import mean_work
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.bert.config import BertConfig
@@ -31,6 +34,8 @@ class MlmSection(Section):
     """Share of the tokens to predict; of them 80% are masked, 10% replaced, 10% kept."""
     whole_word: bool = False
     """Choose whole words instead of word pieces."""
+    span: int = Field(0, ge=0)
+    """Choose spans of up to so many whole words instead (Joshi et al. 2020: 10); 0: off."""
 
 
 class MlmTask(Task):
@@ -52,16 +57,22 @@ class MlmTask(Task):
             )
         splits = open_text(data, cache)
         self.tokenizer: PreTrainedTokenizerBase = splits.tokenizer
-        masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word)
-        train, valid = splits.train, splits.valid
-        if isinstance(train, PackedText):
-            _announce(train)
-        elif config.pair_head != "none" and not isinstance(valid, PackedText):
-            train, valid = train.with_pairs(config.pair_head), valid.with_pairs(config.pair_head)
-        self.train, self.valid = MaskedText(train, masker), MaskedText(valid, masker)
+        masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word, span=section.span)
+        if isinstance(splits.train, PackedText):
+            _announce(splits.train)
+
+        def masked(text: Any) -> MaskedText:
+            return MaskedText(text if config.pair_head == "none" else text.with_pairs(config.pair_head), masker)
+
+        self.train, self.valid = masked(splits.train), masked(splits.valid)
+        self.lengths = data.lengths
+        self._shorter = {
+            length: masked(open_text(data.model_copy(update={"sequence_length": length}), cache).train) for _, length in data.lengths
+        }
         self.length = data.sequence_length
         self.predictions = masker.slots(data.sequence_length)
         self.workers = data.workers
+        self._counted: dict[tuple[BlockConfig, int], Flops] = {}
 
     def complete(self, config: BlockConfig) -> BlockConfig:
         assert isinstance(config, BertConfig)
@@ -114,23 +125,49 @@ class MlmTask(Task):
     def save_preprocessing(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
+    def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
+        """The training batches of a stage of `steps` steps, of the lengths that `data.lengths` says; `settings` are those of
+        `BatchStream`."""
+        if not self.lengths:
+            return super().stream(batch_size, steps=steps, **settings)
+        phases = [(first, self._rows(length)) for first, length in begins(self.lengths, self.length, steps)]
+        return LengthenedStream(phases, batch_size, workers=self.workers, **settings)
+
     def forward_flops(self, config: BlockConfig) -> Flops:
         """Of what the training asks for: where rows hold whole documents, the mean over all rows, without padding and without attention
         from one document to another, whatever a kernel computes beside that."""
-        text = self.train.text
-        if not isinstance(text, PackedText):
-            return flops(config, self.length, positions=torch.zeros(1, self.predictions, dtype=torch.long, device="meta"))
-        layout = text.layout
-        tokens, pairs = float(layout.tokens().mean()), float(layout.pairs().mean())
-        predicted = float(self.train.masker.budgets(layout.words()).mean())
+        return self._flops_at(config, self.length)
+
+    def step_flops(self, config: BlockConfig, step: int, steps: int) -> Flops:
+        """As `forward_flops`, for the rows of step number `step` (from 0) of a stage of `steps`."""
+        return self._flops_at(config, length_at(self.lengths, self.length, step, steps))
+
+    def stage_flops(self, config: BlockConfig, steps: int) -> float:
+        """FLOPs of a forward pass of one sample, in the mean over a stage of `steps` steps."""
+        phases = [*begins(self.lengths, self.length, steps), (steps, 0)]
+        return sum(self._flops_at(config, at).total * (end - first) for (first, at), (end, _) in pairwise(phases)) / steps
+
+    def _rows(self, length: int) -> MaskedText:
+        return self._shorter.get(length, self.train)
+
+    def _flops_at(self, config: BlockConfig, length: int) -> Flops:
+        if (config, length) not in self._counted:  # asked for at every step, and counting takes a while
+            self._counted[config, length] = self._count(config, length)
+        return self._counted[config, length]
+
+    def _count(self, config: BlockConfig, length: int) -> Flops:
+        masked = self._rows(length)
+        work = mean_work(masked.text, length, masked.masker.budgets)
+        if work is None:
+            return flops(config, length, positions=torch.zeros(1, masked.masker.slots(length), dtype=torch.long, device="meta"))
         # a block's work is a n + b n^2 for n tokens, and the head's proportional to the positions
         positions = torch.zeros(1, 1, dtype=torch.long, device="meta")
-        one, two = (flops(config, length, positions=positions) for length in (1, 2))
+        one, two = (flops(config, count, positions=positions) for count in (1, 2))
         blocks = []
         for single, double in zip(one.blocks, two.blocks, strict=True):
             quadratic = (double - 2 * single) / 2
-            blocks.append(round((single - quadratic) * tokens + quadratic * pairs))
-        return Flops(one.stem, tuple(blocks), round(one.head * predicted))
+            blocks.append(round((single - quadratic) * work.tokens + quadratic * work.pairs))
+        return Flops(one.stem, tuple(blocks), round(one.head * work.predicted))
 
 
 def _announce(text: PackedText) -> None:
