@@ -11,8 +11,8 @@ import torch
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.device import device, hardware
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.export.command import standing
-from wtn_pretrain.export.write import export
+from wtn_pretrain.exchange.command import standing
+from wtn_pretrain.exchange.write import export
 from wtn_pretrain.models.base import BlockConfig, parameter_count
 from wtn_pretrain.models.store import load_network
 from wtn_pretrain.report.html import write_report

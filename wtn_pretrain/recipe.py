@@ -12,6 +12,7 @@ from wtn_pretrain.config import Section, override, read_yaml, validate
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.teacher import wide_shape
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.kernels.select import Kernels
 from wtn_pretrain.models.base import BlockConfig, expand_preset
@@ -46,6 +47,16 @@ class WidenSection(Section):
     """Blocks per stage of the wide network; empty: as many as the thin one's."""
 
 
+class WideSection(TrainSection):
+    """Stage 1, or the network from elsewhere that takes its place."""
+
+    teacher: str = ""
+    """A wide network that exists: it is the teacher of stage 2, its shape is read from it, and stage 1 and `widen` are not used. A run or a
+    stage of one, a Hugging Face folder, a timm folder, a state dict in torchvision's names, a Megatron BERT checkpoint (docs/export.md)."""
+    teacher_pickle: bool = False
+    """Read `teacher` even if it is a pickle; tensors alone are then taken from it."""
+
+
 class CompareSection(Section):
     """What the result is held against."""
 
@@ -76,7 +87,7 @@ class Recipe(Section):
     widen: WidenSection = WidenSection()
     task: Annotated[MlmSection | ClassifySection, Field(discriminator="kind")]
     data: Annotated[TextData | ImageData, Field(discriminator="kind")]
-    wide: TrainSection = TrainSection()
+    wide: WideSection = WideSection()
     narrow: ImitateSection = ImitateSection()
     finetune: TrainSection = TrainSection()
     compare: CompareSection = CompareSection()
@@ -101,7 +112,8 @@ class Recipe(Section):
             raise ValueError("narrow.loss mobilebert is for encoder layers and the model is a resnet; use energy_mse")
         if len(set(self.compare.seeds)) != len(self.compare.seeds):
             raise ValueError(f"compare.seeds {list(self.compare.seeds)} names a seed twice; give different ones")
-        self.wide_model()
+        if not self.wide.teacher:
+            self.wide_model()
         if self.scratch_samples() % self.finetune.batch_size:
             raise ValueError(
                 f"narrow.batch_size {self.narrow.batch_size} x narrow.steps {self.narrow.steps} is not a multiple of finetune.batch_size "
@@ -110,7 +122,9 @@ class Recipe(Section):
         return self
 
     def wide_model(self) -> BlockConfig:
-        """The shape of the wide network."""
+        """The shape of the wide network; that of a teacher is read from it."""
+        if self.wide.teacher:
+            return wide_shape(self.model, self.wide.teacher, self.wide.teacher_pickle)
         return self.model.widen(self.widen.inner, self.widen.outer, self.widen.blocks or None)
 
     def scratch_samples(self) -> int:

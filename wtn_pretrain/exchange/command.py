@@ -1,7 +1,7 @@
 """Exporting a run's network on its own, after the run."""
 
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.export.write import export
+from wtn_pretrain.exchange.write import export
 from wtn_pretrain.models.store import load_network
 from wtn_pretrain.stages import Stages
 

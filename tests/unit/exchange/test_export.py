@@ -9,9 +9,9 @@ import torch
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.export.formats import open_hf, open_onnx
-from wtn_pretrain.export.parity import parity
-from wtn_pretrain.export.write import export
+from wtn_pretrain.exchange.formats import open_hf, open_onnx
+from wtn_pretrain.exchange.parity import parity
+from wtn_pretrain.exchange.write import export
 from wtn_pretrain.models import BertConfig, ResNetConfig
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.export.formats import OPSET, open_hf, open_onnx, write_hf, write_onnx
-from wtn_pretrain.export.parity import parity
+from wtn_pretrain.exchange.formats import OPSET, open_hf, open_onnx, write_hf, write_onnx
+from wtn_pretrain.exchange.parity import parity
 from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.models.hf import why_not_hf

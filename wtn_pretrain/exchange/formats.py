@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wtn_pretrain.export.parity import Inputs
+from wtn_pretrain.exchange.parity import Inputs
 from wtn_pretrain.models.base import BlockNetwork, parameter_count
 from wtn_pretrain.models.hf import to_hf
 
