@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from wtn_pretrain.config import Section, override, read_yaml, validate
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.config import ExportSection
 from wtn_pretrain.exchange.teacher import wide_shape
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.kernels.select import Kernels
@@ -68,15 +69,6 @@ class CompareSection(Section):
     """Optimizer of the scratch baseline; null takes finetune's, but it deserves tuning of its own."""
     schedule: ScheduleSection | None = None
     """Schedule of the scratch baseline; null takes wide's."""
-
-
-class ExportSection(Section):
-    """What is written at the end."""
-
-    formats: tuple[Literal["hf", "onnx"], ...] = ("hf", "onnx")
-    """Formats of the thin network: a Hugging Face folder, ONNX. One that cannot hold it is refused by name, not in silence."""
-    tolerance: float = Field(1e-4, gt=0)
-    """Largest absolute difference of logits (fp32) at which an export counts as written."""
 
 
 class Recipe(Section):
