@@ -148,9 +148,7 @@ def _finished(folder: Path, stage: str) -> tuple[BlockNetwork, list[Path]]:
     if not (folder / "model.json").exists() and (folder / "checkpoints").exists():
         if stage == "narrow":
             raise UserError(f"{folder}: holds blocks that are bridged and not yet merged, and no plain network; let stage 2 finish")
-        raise UserError(
-            f"{folder}: has not finished; let it, or export one of its checkpoints with --checkpoint {folder}/checkpoints/stepN"
-        )
+        raise UserError(f"{folder}: has not finished; let it, or export a checkpoint of it with --checkpoint {folder}/checkpoints/stepN")
     return load_network(folder), [folder / "model.safetensors"]
 
 

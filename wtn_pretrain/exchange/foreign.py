@@ -141,8 +141,10 @@ def _pixels(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
 
 def _timm(folder: Path, told: dict[str, Any], pickles: bool) -> Foreign:
     name = str(told["architecture"])
-    if name not in _TIMM or told.get("model_args"):
-        what = f"architecture {name!r}" + (f" with model_args {told['model_args']}" if told.get("model_args") else "")
+    # these show in the weights, which say the shape
+    odd = set(told.get("model_args") or {}) - {"layers", "base_width", "num_classes", "in_chans"}
+    if name not in _TIMM or odd:
+        what = f"architecture {name!r}" + (f" with model_args {told['model_args']}" if odd else "")
         raise UserError(f"{folder}: {what} is not supported; timm's resnet and wide_resnet of torchvision's form are")
     state, files = read_folder(folder, pickles)
     pretrained = told.get("pretrained_cfg") or {}

@@ -164,6 +164,8 @@ def test_a_resnet_50_for_torchvision_and_timm(images: ClassifyTask, tmp_path: Pa
     assert written["timm"]["difference"] <= 1e-5
     told = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert (told["architecture"], told["model_args"]) == ("resnet50", {"layers": [1, 1, 1, 1], "base_width": 128})
+    back = open_foreign(tmp_path / "timm").state
+    assert all(torch.equal(value, back[name]) for name, value in network.state_dict().items())
     state = load_file(tmp_path / "timm" / "model.safetensors")
     assert state["layer4.0.downsample.0.weight"].shape == (2048, 1024, 1, 1)
     assert torch.equal(state["layer1.0.conv2.weight"], network.state_dict()["blocks.0.convs.1.weight"])
