@@ -58,6 +58,19 @@ class WideSection(TrainSection):
     """Read `teacher` even if it is a pickle; tensors alone are then taken from it."""
 
 
+class FinetuneSection(TrainSection):
+    """Stage 3."""
+
+    int8: bool = False
+    """Train for int8: products and convolutions round their weights and inputs as the int8 exports will (Jacob et al. 2018)."""
+
+    @model_validator(mode="after")
+    def _whole_layers(self) -> Self:
+        if self.int8 and self.tensor_parallel > 1:
+            raise ValueError("int8 rounds whole layers, which tensor_parallel divides; use one of the two")
+        return self
+
+
 class CompareSection(Section):
     """What the result is held against."""
 
@@ -81,7 +94,7 @@ class Recipe(Section):
     data: Annotated[TextData | ImageData, Field(discriminator="kind")]
     wide: WideSection = WideSection()
     narrow: ImitateSection = ImitateSection()
-    finetune: TrainSection = TrainSection()
+    finetune: FinetuneSection = FinetuneSection()
     compare: CompareSection = CompareSection()
     export: ExportSection = ExportSection()
 

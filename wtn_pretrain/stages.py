@@ -27,6 +27,7 @@ from wtn_pretrain.tasks.base import Task, evaluate
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
 from wtn_pretrain.training.config import TrainSection
+from wtn_pretrain.training.int8 import fake_quantise, without_ranges
 from wtn_pretrain.training.loop import train
 from wtn_pretrain.training.monitor import say
 
@@ -153,6 +154,8 @@ class Stages:
             return finished
         torch.manual_seed(init)
         network = start() if start else shape.build()
+        if getattr(section, "int8", False):
+            fake_quantise(network)
         trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place)
         forward = self.task.stage_flops(shape, section.steps)
         result = {
@@ -163,7 +166,7 @@ class Stages:
             "flops": 3 * forward * section.steps * section.batch_size,
         }
         if trained.state is not None:
-            save_network(folder, shape, trained.state)
+            save_network(folder, shape, without_ranges(trained.state))
             self.folder.finish(folder, result)
         # the next stage of any rank starts from what the first one has written
         wait_for_all(self.place)
