@@ -6,7 +6,7 @@ from typing import Any
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.command import STAGES, export_from
-from wtn_pretrain.exchange.foreign import open_foreign
+from wtn_pretrain.exchange.foreign import forget_foreign, open_foreign
 from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.models.store import load_network
@@ -33,7 +33,9 @@ def load(path: str | Path, *, stage: str | None = None, pickles: bool = False, i
         if stage is None and not done:
             raise UserError(f"{place}: no stage of this run has finished; run scripts/run.py first")
         return load_network(place / (stage or done[0]))
-    return open_foreign(place, pickles, image_size).network()
+    network = open_foreign(place, pickles, image_size).network()
+    forget_foreign()
+    return network
 
 
 def export(

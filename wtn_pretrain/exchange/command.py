@@ -19,6 +19,7 @@ from wtn_pretrain.recipe import Recipe, load_recipe
 from wtn_pretrain.stages import open_task
 from wtn_pretrain.tasks.base import Task
 from wtn_pretrain.training.checkpoint.manifest import BUFFERS, WEIGHTS, DamagedError, Parts, check_parts, read_manifest
+from wtn_pretrain.training.int8 import without_ranges
 
 STAGES = ("finetune", "narrow", "wide", "scratch")
 
@@ -34,7 +35,7 @@ def parser(doc: str) -> Parser:
     """The options of tools/export.py; all others are assignments to keys of the recipe."""
     made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
-    made.add_argument("--config", type=Path, metavar="FILE", help="instead of RUN: its config.yaml")
+    made.add_argument("--config", type=Path, metavar="FILE", help="instead of RUN: its config.yaml, or the recipe that it was started with")
     made.add_argument("--to", metavar="FORMATS", help=f"formats, joined by commas, of: {', '.join(FORMATS)} (default: the recipe's)")
     made.add_argument("--stage", choices=STAGES, default="finetune", help="whose network (default finetune)")
     made.add_argument(
@@ -59,7 +60,7 @@ def export_run(doc: str, argv: Sequence[str]) -> str:
         assignments.append(argument[2:])
     if (options.run is None) == (options.config is None):
         raise UserError("export: give the folder of a run, or its config.yaml as --config")
-    run = options.run if options.run is not None else options.config.parent
+    run = options.run if options.run is not None else _run_of(options.config, assignments)
     names = None if options.to is None else tuple(name for name in options.to.split(",") if name)
     written = export_from(
         run, names, stage=options.stage, seed=options.seed, checkpoint=options.checkpoint, out=options.out, assignments=assignments
@@ -143,6 +144,12 @@ def commit() -> str | None:
     return answer.stdout.strip()
 
 
+def _run_of(config: Path, assignments: Sequence[str]) -> Path:
+    """The folder of the run that a configuration belongs to."""
+    recipe = load_recipe(config, list(assignments))
+    return config.parent if (config.parent / "data").is_dir() or (config.parent / "finetune").is_dir() else recipe.place()
+
+
 def _finished(folder: Path, stage: str) -> tuple[BlockNetwork, list[Path]]:
     """The network that a finished stage has left."""
     if not (folder / "model.json").exists() and (folder / "checkpoints").exists():
@@ -169,5 +176,5 @@ def _from_checkpoint(checkpoint: Path, stage: Path, shape: BlockConfig) -> tuple
     except DamagedError as error:
         raise UserError(f"--checkpoint {place}: {error}; give a whole folder stepN of wide, finetune or scratch") from None
     network = shape.build()
-    load_state(network, state, f"--checkpoint {place}")
+    load_state(network, without_ranges(state), f"--checkpoint {place}")
     return network.eval(), [place / name for name in sorted(manifest.parts)]

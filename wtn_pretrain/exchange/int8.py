@@ -42,7 +42,8 @@ def quantise(folder: Path, task: Task, config: BlockConfig, samples: int, reduce
     batches = calibration(task, config, samples, BATCH)
     with quiet():
         ready = folder / "ready.onnx"
-        quant_pre_process(str(folder / FILE), str(ready), skip_symbolic_shape=True)
+        outside = (folder / f"{FILE}.data").exists()
+        quant_pre_process(str(folder / FILE), str(ready), skip_symbolic_shape=True, save_as_external_data=outside)
         reader: Any = _Reader(batches)
         quantize_static(
             str(ready),

@@ -24,7 +24,14 @@ from wtn_pretrain.models.hf import why_not_hf
 from wtn_pretrain.models.store import save_network
 from wtn_pretrain.report.latency import measure_latency
 
-ARMS = ("thin, ONNX Runtime", "thin, Hugging Face eager", "thin, torch eager", "thin, torch.compile", "wide, ONNX Runtime", "wide, torch eager")
+ARMS = (
+    "thin, ONNX Runtime",
+    "thin, Hugging Face eager",
+    "thin, torch eager",
+    "thin, torch.compile",
+    "wide, ONNX Runtime",
+    "wide, torch eager",
+)
 ORT, HF = ARMS[:2]
 ROUNDS = 3
 """Times that every arm has its turn; a figure is the median over them."""
@@ -49,7 +56,8 @@ def pairs(preset: str) -> dict[str, Pair]:
     if preset == "ci":
         bert = _shape(family="bert", hidden_size=32, layers=2, heads=2, vocab_size=200, max_positions=32)
         resnet = _shape(family="resnet", block="basic", stem_channels=8, channels=(8, 16), depths=(1, 1), **_IMAGES)
-        return {"bert": Pair(bert, bert.widen(2, 1, None), ((1, 16), (2, 16))), "resnet": Pair(resnet, resnet.widen(2, 1, None), ((1, 32),))}
+        wide = resnet.widen(2, 1, None)
+        return {"bert": Pair(bert, bert.widen(2, 1, None), ((1, 16), (2, 16))), "resnet": Pair(resnet, wide, ((1, 32),))}
     if preset == "benchmark":
         bert, resnet = _shape(preset="bert-mini"), _shape(preset="resnet18")
         lengths, batches, side, wide = (16, 128, 512), (1, 32), 128, resnet.widen(2, 1, None)
@@ -89,14 +97,15 @@ def measure(model: Pair, arms: tuple[str, ...], threads: int, seconds: float) ->
                 for arm in (*arms[turn % len(arms) :], *arms[: turn % len(arms)]):
                     taken[arm].append(measure_latency(_bound(calls[arm], inputs), repeats=repeats[arm], warmup=1))
             for arm in arms:
-                figures = {key: median(turn[key] for turn in taken[arm]) for key in ("p50_ms", "p99_ms")}
+                figures: dict[str, float] = {key: median(turn[key] for turn in taken[arm]) for key in ("p50_ms", "p99_ms")}
+                if arm == ORT and HF in arms:
+                    turns = zip(taken[HF], taken[ORT], strict=True)
+                    figures["ort_over_hf_eager"] = median(theirs["p50_ms"] / ours["p50_ms"] for theirs, ours in turns)
                 rows.append({"arm": arm, "batch": batch, "length": length, **figures, "calls": ROUNDS * repeats[arm]})
-            if HF in arms and ORT in arms:
-                ratios = [theirs["p50_ms"] / ours["p50_ms"] for theirs, ours in zip(taken[HF], taken[ORT], strict=True)]
-                rows[-1]["ort_over_hf_eager"] = median(ratios)
-    ratios = [row["ort_over_hf_eager"] for row in rows if row["batch"] == 1 and "ort_over_hf_eager" in row]
-    ratio = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
-    return {"rows": rows, "bytes": sizes, "peak_memory": peaks, "ort_over_hf_eager": ratio, "thin": _json(model.thin), "wide": _json(model.wide)}
+    ratios: list[float] = [row["ort_over_hf_eager"] for row in rows if row["batch"] == 1 and "ort_over_hf_eager" in row]
+    ratio = math.prod(ratios) ** (1 / len(ratios)) if ratios else None
+    shapes = {"thin": model.thin.model_dump(mode="json"), "wide": model.wide.model_dump(mode="json")}
+    return {"rows": rows, "bytes": sizes, "peak_memory": peaks, "ort_over_hf_eager": ratio, **shapes}
 
 
 def least(found: dict[str, dict[str, Any]]) -> float | None:
@@ -129,10 +138,6 @@ def plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def _json(config: BlockConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
 
 
 def _file(arm: str) -> str:
@@ -200,17 +205,15 @@ def _repeats(call: Call, inputs: Inputs, seconds: float) -> int:
 
 def _peak(model: Pair, arm: str, folder: Path, threads: int) -> int:
     """Bytes by which a process of its own grows at most when it loads an arm and runs it at the largest shape."""
-    context = multiprocessing.get_context("spawn")
+    # a server that has imported everything and run nothing, of which every process is a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["onnxruntime", "transformers", "wtn_pretrain.exchange.latency"])
     with context.Pool(1) as pool:
         return pool.apply(_grown, (model, arm, str(folder), threads))
 
 
 def _grown(model: Pair, arm: str, folder: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    # libraries first: they are there whatever network is served
-    import onnxruntime  # noqa: F401
-    import transformers  # noqa: F401
-
     before = _resident()
     call = _open(model, arm, Path(folder), threads)
     batch, length = max(model.shapes)

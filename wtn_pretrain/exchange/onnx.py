@@ -175,6 +175,8 @@ def fuse(network: BlockNetwork, folder: Path) -> None:
         part = folder / "optimised.onnx"
         options.optimized_model_filepath = str(part)
         onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        for path in folder.glob(f"{FILE}*"):
+            path.unlink()
         part.replace(file)
 
 

@@ -146,6 +146,17 @@ def test_a_cifar_resnet_as_onnx_fp32_and_int8(images: ClassifyTask, tmp_path: Pa
     assert {tuple(value.dims) for value in scales} >= {(4,), (8,)}
 
 
+def test_weights_beside_the_graph(images: ClassifyTask, text: MlmTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as if 2 GiB had been passed
+    monkeypatch.setattr("wtn_pretrain.exchange.onnx.ONE_FILE", 0)
+    written = export_network(made(images, CIFAR), images, ["onnx", "onnx_fused", "onnx_int8"], tmp_path, section(int8_drop=100))
+    assert "model.onnx.data" in written["onnx"]["files"]
+    assert written["onnx"]["bytes"] > (tmp_path / "onnx" / "model.onnx.data").stat().st_size > 0
+    written = export_network(made(text, BERT.model_copy(update={"layers": 1})), text, ["onnx_fused"], tmp_path, section())
+    assert "model.onnx.data" in written["onnx_fused"]["files"]
+    assert written["onnx_fused"]["difference"] <= 1e-4
+
+
 def test_int8_that_loses_too_much_is_not_written(images: ClassifyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = made(images, CIFAR)
     real = task_metric

@@ -16,6 +16,7 @@ from wtn_pretrain.config import validate
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.foreign import open_foreign
+from wtn_pretrain.method import run_method
 from wtn_pretrain.models import BertConfig, BlockNetwork, ResNetConfig
 from wtn_pretrain.models.hf import to_hf
 from wtn_pretrain.models.store import load_network, save_network
@@ -142,6 +143,20 @@ def test_a_resnet_with_padded_shortcuts_teaches_through_bridges(shortcut: str, t
     # the boundary before a padded shortcut cannot take a map, the one before a projection can
     assert merged["bridges"] == {"0": "constrained", "1": "free" if shortcut == "projection" else "constrained", "2": "constrained"}
     assert merged["difference_fp64"] < 1e-10
+
+
+def test_the_whole_method_with_a_teacher(tmp_path: Path, one_rank: None) -> None:
+    teacher = digits((8, 16), 8, shortcut="padding")
+    save_network(tmp_path / "teacher", teacher.config, teacher.state_dict())
+    changes = {"widen": None, "wide.teacher": str(tmp_path / "teacher"), "compare.scratch": False, "export.formats": ["torch_export"]}
+    run = stages(tmp_path, RESNET, changes)
+    summary = run_method(run)
+    assert summary is not None and summary.wide.training is not None
+    assert summary.wide.training.steps == summary.wide.training.flops == 0
+    assert summary.wide.mean == run.wide()["metric"] == evaluate(teacher.eval(), run.task)["metric"]
+    card = (run.folder.path / "export" / "torch_export" / "README.md").read_text()
+    assert f"The wide network was not trained here: it was read from {tmp_path / 'teacher'}" in card
+    assert (run.folder.path / "report.html").exists()
 
 
 def test_pixels_of_another_normalisation(tmp_path: Path, one_rank: None) -> None:
