@@ -9,7 +9,7 @@ import torch
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.device import device, hardware
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.exchange.command import commit, describe, standing
+from wtn_pretrain.exchange.command import brief, commit, describe, standing
 from wtn_pretrain.exchange.files import digest
 from wtn_pretrain.exchange.write import export_network
 from wtn_pretrain.models.base import BlockConfig, parameter_count
@@ -66,7 +66,7 @@ def run_method(stages: Stages) -> Summary | None:
         thin_scratch=baseline,
         thin_win=win,
         gain=gain(win, baseline) if baseline else None,
-        export=written,
+        export={name: brief(result) for name, result in written.items()},
     )
     write_summary(stages.folder.path / "summary.json", summary)
     report = write_report(stages.folder.path)

@@ -134,6 +134,12 @@ def standing(name: str, result: dict[str, Any]) -> str:
     return line
 
 
+def brief(result: dict[str, Any]) -> dict[str, Any]:
+    """What a summary keeps of a certificate, which stands whole beside the export."""
+    long = ("shapes", "files", "versions", "network", "operators")
+    return {key: value for key, value in result.items() if key not in long}
+
+
 def commit() -> str | None:
     """The commit of the code that runs, if it runs from a checkout."""
     root = Path(__file__).resolve().parents[2]
