@@ -72,6 +72,11 @@ class ImageData(Section):
     sizes: tuple[tuple[float, int], ...] = ()
     """Progressive resizing of training on labels: pairs (share of the steps, side), each side used until that share of the steps is
     done, then `size`; [[0.4, 128], [0.8, 176]] for example. Imitation and validation always take `size`."""
+    mean: tuple[float, ...] = ()
+    """What is taken from pixel values in [0, 1], a number a channel, with `std`; a network from elsewhere wants the numbers that it was
+    trained with. Empty: of the training images where they are in memory, else ImageNet's."""
+    std: tuple[float, ...] = ()
+    """What they are then divided by."""
     valid_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Part held out for validation where the source has no such split."""
     limit: int | None = Field(default=None, ge=1)
@@ -95,6 +100,8 @@ class ImageData(Section):
             raise UserError("cache keeps images at size, of which random_resized_crop would cut parts; leave one of them out")
         if not self.rand_augment and self.magnitude != type(self).model_fields["magnitude"].default:
             raise UserError("magnitude is that of rand_augment, which is off; set rand_augment to 2, or leave magnitude out")
+        if len(self.mean) != len(self.std) or any(not value > 0 for value in self.std):
+            raise UserError(f"mean {list(self.mean)} and std {list(self.std)} must have one number a channel each, std above 0")
         shares = [share for share, _ in self.sizes]
         if any(not 0 < share < 1 for share in shares) or shares != sorted(set(shares)):
             raise UserError(f"sizes has the shares {shares}; they must rise, each between 0 and 1")
@@ -222,7 +229,7 @@ def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classe
         valid = Arrays(train.pixels[rest], train.labels[rest], train.origin)
         train = Arrays(train.pixels[kept], train.labels[kept], train.origin)
     # of the whole training split: a network stays usable whatever data.limit another run has
-    mean, std = _statistics(train.pixels, channels)
+    mean, std = _given(config, channels) or _statistics(train.pixels, channels)
     chosen = _limited(len(train.labels), config)
     training = ArrayPixels(train.pixels if config.limit is None else train.pixels[chosen], channels, size)
     return ImageSplits(
@@ -299,7 +306,7 @@ def _decoded_splits(
         train, labels = Subset(train, kept), labels[kept]
     chosen = _limited(len(labels), config)
     labels = labels[chosen]
-    mean, std = _DECODED_MEAN[channels], _DECODED_STD[channels]
+    mean, std = _given(config, channels) or (_DECODED_MEAN[channels], _DECODED_STD[channels])
     training: Pixels = DecodedPixels(Subset(train, chosen), channels, size, config.crop_fraction)
     held_out: Pixels = DecodedPixels(valid, channels, size, config.crop_fraction)
     if config.cache is not None:
@@ -322,6 +329,13 @@ def _decoded_splits(
 
 def _faults(config: ImageData) -> Faults:
     return Faults(config.faults, "data.faults: skip")
+
+
+def _given(config: ImageData, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """`data.mean` and `data.std`, if they are set."""
+    if config.mean and len(config.mean) != channels:
+        raise UserError(f"data.mean and data.std: have {len(config.mean)} numbers and the images {channels} channels; give one a channel")
+    return (config.mean, config.std) if config.mean else None
 
 
 def _augment(config: ImageData, size: int) -> Augment | None:
