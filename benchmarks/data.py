@@ -252,8 +252,8 @@ def opening(folder: Path, size: int) -> dict[str, Any]:
     opened = time.perf_counter() - began
     file_of_tokens.tokens[np.arange(0, LENGTH)]
     found = {"bytes": 2 * each * count, "seconds": opened, "with_a_row": time.perf_counter() - began, "memory": _resident() - before}
-    for file in (bin_file, index, sums):
-        file.unlink()
+    for made in (bin_file, index, sums):
+        made.unlink()
     return found
 
 
@@ -292,7 +292,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         source = folder / "text.jsonl"
         if options.text:
             reading, faults = Reading(), Faults()
-            texts = (document.text for found in find_sources(options.text) for document in documents(found, reading, faults))
+            texts: Iterator[str] = (document.text for found in find_sources(options.text) for document in documents(found, reading, faults))
         else:
             texts = made_up(size)
         write_lines(source, texts, size)

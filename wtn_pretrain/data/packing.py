@@ -5,7 +5,7 @@ is what `segments` says. A packing is a function of the documents' lengths and o
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class PackedText:
     "attention_mask" int64 [B, S], 1 and 0.
     """
 
-    tokens: np.ndarray  # 1-D, memory-mapped
+    tokens: Any  # 1-D ids, memory-mapped
     layout: Layout
     sequence_length: int
     cls_id: int

@@ -88,7 +88,7 @@ def measure(model: Pair, arms: tuple[str, ...], threads: int, seconds: float) ->
         sizes = {arm: _write(model, arm, folder / _file(arm)) for arm in arms}
         peaks = {arm: _peak(model, arm, folder / _file(arm), threads) for arm in arms}
         calls = {arm: _open(model, arm, folder / _file(arm), threads) for arm in arms}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for batch, length in model.shapes:
             taken: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
             inputs = _inputs(model.thin, batch, length)

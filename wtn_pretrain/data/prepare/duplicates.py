@@ -78,7 +78,7 @@ class Seen:
 
     def first_seen(self, hashes: np.ndarray) -> np.ndarray:
         """Which documents are new: bool [N], and joins the hashes of those. `hashes` uint64 [N, H]: documents that share one are alike."""
-        new = ~self.holds(hashes).any(axis=1)
+        new: np.ndarray = ~np.any(self.holds(hashes), axis=1)
         here: set[int] = set()
         for number in np.flatnonzero(new):
             own = hashes[number].tolist()
