@@ -156,6 +156,7 @@ def _one_operator(block: BertBlock, x: Tensor, mask: Tensor, taps: object) -> Te
 def fuse(network: BlockNetwork, folder: Path) -> None:
     """ONNX Runtime's own fusions, written down: LayerNorm with its skip and GELU with its bias, or convolution with norm and ReLU."""
     config, file = network.config, folder / FILE
+    outside = 4 * parameter_count(network) > ONE_FILE
     with quiet():
         if isinstance(config, BertConfig):
             from onnxruntime.transformers import optimizer
@@ -164,7 +165,7 @@ def fuse(network: BlockNetwork, folder: Path) -> None:
             found = optimizer.optimize_model(str(file), model_type="bert", **settings)
             for path in folder.glob(f"{FILE}*"):
                 path.unlink()
-            found.save_model_to_file(str(file), use_external_data_format=4 * parameter_count(network) > ONE_FILE)
+            found.save_model_to_file(str(file), use_external_data_format=outside)
             return
         import onnxruntime
 
@@ -172,12 +173,19 @@ def fuse(network: BlockNetwork, folder: Path) -> None:
         options.log_severity_level = 3
         # the level above chooses layouts for this very machine
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        part = folder / "optimised.onnx"
-        options.optimized_model_filepath = str(part)
+        if outside:
+            # else what is not fused would go on pointing to the weights of before
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{FILE}.data")
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        part = folder / "optimised"
+        part.mkdir()
+        options.optimized_model_filepath = str(part / FILE)
         onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         for path in folder.glob(f"{FILE}*"):
             path.unlink()
-        part.replace(file)
+        for path in part.iterdir():
+            path.replace(folder / path.name)
+        part.rmdir()
 
 
 def _line(error: Exception) -> str:

@@ -152,6 +152,7 @@ def test_weights_beside_the_graph(images: ClassifyTask, text: MlmTask, tmp_path:
     written = export_network(made(images, CIFAR), images, ["onnx", "onnx_fused", "onnx_int8"], tmp_path, section(int8_drop=100))
     assert "model.onnx.data" in written["onnx"]["files"]
     assert written["onnx"]["bytes"] > (tmp_path / "onnx" / "model.onnx.data").stat().st_size > 0
+    assert "model.onnx.data" in written["onnx_fused"]["files"]
     written = export_network(made(text, BERT.model_copy(update={"layers": 1})), text, ["onnx_fused"], tmp_path, section())
     assert "model.onnx.data" in written["onnx_fused"]["files"]
     assert written["onnx_fused"]["difference"] <= 1e-4
