@@ -35,7 +35,7 @@ def run(doc: str, arguments: Sequence[str]) -> str:
     parser.add_argument(
         "--split", choices=("train", "valid"), default="train", help="default train, as augmented and masked as in training"
     )
-    parser.add_argument("--step", type=int, default=0, metavar="N", help="which step's batch of stage 1 (default 0)")
+    parser.add_argument("--step", type=int, default=0, metavar="N", help="which step's batch of the first stage that trains (default 0)")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="how many samples of it (default 8)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write text as a page")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write images as a contact sheet")
@@ -63,8 +63,9 @@ def _batch(recipe: Recipe, task: Task, split: str, step: int, count: int) -> tup
         first = step * count % len(task.valid)
         indices = np.arange(first, min(first + count, len(task.valid)))
         return indices, task.valid.fetch(indices, hash_keys(0, indices))
-    # a global batch of stage 1 on one rank; images are mixed in pairs, so an even number of it is taken
-    stream = task.stream(max(recipe.wide.batch_size, count), steps=max(recipe.wide.steps, step + 1), seed=recipe.run.seed)
+    # a global batch of the first stage that trains, on one rank; images are mixed in pairs, so an even number of it is taken
+    section, seed = (recipe.finetune, recipe.compare.seeds[0]) if recipe.wide.teacher else (recipe.wide, recipe.run.seed)
+    stream = task.stream(max(section.batch_size, count), steps=max(section.steps, step + 1), seed=seed)
     whole = stream.micro_batch(step, 0)
     return stream.sample_ids(step)[0][:count], {name: value[:count] for name, value in whole.items()}
 

@@ -83,7 +83,7 @@ class CompareSection(Section):
     optimizer: OptimizerSection | None = None
     """Optimizer of the scratch baseline; null takes finetune's, but it deserves tuning of its own."""
     schedule: ScheduleSection | None = None
-    """Schedule of the scratch baseline; null takes wide's."""
+    """Schedule of the scratch baseline; null takes wide's, or finetune's where a teacher from elsewhere is not trained."""
 
 
 class Recipe(Section):
@@ -144,7 +144,7 @@ class Recipe(Section):
             update={
                 "steps": self.scratch_samples() // self.finetune.batch_size,
                 "optimizer": self.compare.optimizer or self.finetune.optimizer,
-                "schedule": self.compare.schedule or self.wide.schedule,
+                "schedule": self.compare.schedule or (self.finetune if self.wide.teacher else self.wide).schedule,
             }
         )
 

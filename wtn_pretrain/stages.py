@@ -61,7 +61,9 @@ class Stages:
                 require_same_inputs(self._teacher(), self.task, recipe.wide.teacher)
         self.wide_shape = self.task.complete(wide)
         self.pairing = pair(self.thin, self.wide_shape, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
-        for name, shape in (("wide", self.wide_shape), ("finetune", self.thin)):
+        # a teacher from elsewhere is not trained, whatever the recipe says of that
+        trained = {"finetune": self.thin} if recipe.wide.teacher else {"wide": self.wide_shape, "finetune": self.thin}
+        for name, shape in trained.items():
             section: TrainSection = getattr(recipe, name)
             if section.tensor_parallel > 1:
                 length = self.task.length if section.sequence_parallel else None
@@ -143,6 +145,7 @@ class Stages:
         finished = self.folder.result(folder)
         if finished:
             return finished
+        self._begin()
         if self.place.rank == 0:
             foreign = self._teacher()
             say(f"wide: {section.teacher}, {foreign.kind}, is the teacher; stage 1 and widen are not used")

@@ -41,8 +41,8 @@ class MlmSection(Section):
 class MlmTask(Task):
     """Predict masked tokens; the loss is the mean over them, plus the pair head's if there is one.
 
-    The mean is over a micro-batch of one rank. Where rows hide different numbers of tokens (whole words, rows of whole documents), ranks
-    weigh alike all the same, as elsewhere in data parallelism.
+    The mean is over the hidden tokens of a whole batch, though rows may hide different numbers of them (whole words, spans, rows of whole
+    documents): see `terms`.
     """
 
     metric = Metric("masked accuracy", "%", True)
