@@ -1,12 +1,15 @@
 """Several sets of text as one, mixed by weight."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+
+from wtn_pretrain.data.sentence_pairs import SentencePairs
+from wtn_pretrain.data.text_set import TextSet
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,11 @@ class Blend:
 
     def with_pairs(self, pair: Any) -> "Blend":
         """The same texts in rows of sentence pairs."""
-        return Blend(tuple(part.with_pairs(pair) for part in self.parts), self.weights)
+        parts = [part.with_pairs(pair) for part in self.parts]
+        if any(isinstance(part, SentencePairs) for part in parts):
+            # full rows then say that they are
+            parts = [replace(part, with_mask=True) if isinstance(part, TextSet) else part for part in parts]
+        return Blend(tuple(parts), self.weights)
 
     def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
         """See `wtn_pretrain.data.stream.Dataset`."""

@@ -119,7 +119,8 @@ class Masker:
         np.minimum.at(starts, (rows[:, None], words), np.where(eligible, np.arange(width), width))
         taken, first = np.zeros(words.shape, bool), np.zeros(words.shape, np.int64)
         count = np.zeros(len(rows), np.int64)
-        attempts = 4 + 2 * int(budgets.max(initial=0))
+        # as many for every row of this length, whichever others are in the batch
+        attempts = 4 + 2 * self.slots(width)
         draws = uniforms(seeds, _SPAN, 2 * attempts)
         # the inverse of the geometric distribution's cumulative one
         sizes = np.minimum(1 + np.floor(np.log1p(-draws[:, ::2]) / np.log1p(-_SPAN_END)), self.span).astype(np.int64)

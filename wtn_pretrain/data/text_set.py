@@ -20,6 +20,7 @@ class TextSet:
 
     With `pair` a row is [CLS] a [SEP] b [SEP], and "token_type_ids" int64 [B, S] (0 up to the first [SEP], 1 after) and "pair_label"
     int64 [B] join it: "sop" swaps a and b in half of the rows (label 1), "nsp" takes b from another row in half of them (label 1).
+    `with_mask` adds "attention_mask", all ones, for rows that stand beside padded ones.
     Rows follow each other in the text and may run over the end of a document; the last, short one is dropped.
     """
 
@@ -28,6 +29,7 @@ class TextSet:
     cls_id: int
     sep_id: int
     pair: Pair | None = None
+    with_mask: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens) // (self.sequence_length - 2)
@@ -39,9 +41,11 @@ class TextSet:
     def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
         """See `wtn_pretrain.data.stream.Dataset`. Without seeds pairs are cut in the middle and in order."""
         starts = indices * (self.sequence_length - 2)
-        if self.pair is not None:
-            return self._pairs(indices, starts, seeds)
-        rows = np.empty((len(indices), self.sequence_length), np.int64)
+        batch = self._rows(starts) if self.pair is None else self._pairs(indices, starts, seeds)
+        return batch | ({"attention_mask": torch.ones_like(batch["input_ids"])} if self.with_mask else {})
+
+    def _rows(self, starts: np.ndarray) -> dict[str, torch.Tensor]:
+        rows = np.empty((len(starts), self.sequence_length), np.int64)
         rows[:, 0], rows[:, -1] = self.cls_id, self.sep_id
         rows[:, 1:-1] = self.tokens[starts[:, None] + np.arange(self.sequence_length - 2)]
         return {"input_ids": torch.from_numpy(rows)}

@@ -129,6 +129,15 @@ def test_a_corpus_with_sentences_gives_pairs_between_them(tmp_path: Path) -> Non
     plain = prepared(tmp_path, tokenizer, (source,), "plain")
     found = open_text(TextData(source="corpus", paths=(str(plain),), sequence_length=40), tmp_path / "cache").train.with_pairs("sop")
     assert not isinstance(found, SentencePairs) and found.fetch(np.arange(3), None)["pair_label"].tolist() == [0, 0, 0]
+    # in a blend its rows are full ones among padded ones, whichever come together
+    paths = (str(out), str(plain))
+    both = open_text(TextData(source="corpus", paths=paths, sequence_length=40), tmp_path / "cache").train.with_pairs("sop")
+    blend, rows = MaskedText(both, masked.masker), np.array([0, len(pairs), 1, len(both) - 1])
+    together = blend.fetch(rows, hash_keys(0, rows))
+    assert together["attention_mask"][1::2].all() and not together["attention_mask"][::2].all()
+    for number, row in enumerate(rows):
+        alone = blend.fetch(rows[number : number + 1], hash_keys(0, rows[number : number + 1]))
+        assert alone.keys() == together.keys() and all((together[name][number] == alone[name][0]).all() for name in alone), row
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +191,10 @@ def test_spans_do_not_depend_on_the_rows_beside_them(pieces: Any) -> None:
     for row in (0, 17, 39):
         alone = masker(rows[row : row + 1], seeds[row : row + 1])
         assert all((one[row] == other[0]).all() for one, other in zip(together, alone, strict=True))
+    # nor where those have more tokens to hide
+    rows, seeds, budgets = rows_of_words(4000, 64), hash_keys(6, np.arange(4000)), np.where(np.arange(4000) % 2, 8, 62)
+    together, alone = masker(rows, seeds, budgets), masker(rows[1::2], seeds[1::2], budgets[1::2])
+    assert all((one[1::2] == other).all() for one, other in zip(together, alone, strict=True))
     short = np.array([[CLS, 7, SEP, PAD, PAD, PAD, PAD, PAD]])
     _, positions, targets = masker(short, seeds[:1], np.array([1]))
     assert targets[0].tolist() == [7] and positions[0].tolist() == [1]
