@@ -67,9 +67,11 @@ class FinetuneSection(TrainSection):
     """Train for int8: products and convolutions round their weights and inputs as the int8 exports will (Jacob et al. 2018)."""
 
     @model_validator(mode="after")
-    def _whole_layers(self) -> Self:
+    def _rounds(self) -> Self:
         if self.int8 and self.tensor_parallel > 1:
             raise ValueError("int8 rounds whole layers, which tensor_parallel divides; use one of the two")
+        if self.int8 and self.precision in ("bf16_weights", "fp16"):
+            raise ValueError(f"int8 rounds fp32 weights, which there are not under precision {self.precision}; use bf16 or fp32")
         return self
 
 

@@ -12,6 +12,14 @@ MARK = "int8_input"
 _LEAST = 1e-8
 
 
+class Rounding(FakeQuantize):
+    """Rounds a layer's input; its range moves while the layer is in training mode."""
+
+    def train(self, mode: bool = True) -> "Rounding":
+        self.observer_enabled[0] = int(mode)
+        return super().train(mode)
+
+
 def fake_quantise(network: nn.Module) -> nn.Module:
     """Makes all linear layers and convolutions of `network` round, in place; parameters keep their names and stay fp32.
 
@@ -21,7 +29,8 @@ def fake_quantise(network: nn.Module) -> nn.Module:
     """
     for module in list(network.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.add_module(MARK, FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8))
+            rounding = Rounding(MovingAverageMinMaxObserver, quant_min=0, quant_max=255, dtype=torch.quint8)
+            module.add_module(MARK, rounding.train(module.training))
             module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
     return network
 
@@ -39,13 +48,10 @@ def rounded(weight: Tensor) -> Tensor:
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    quantiser = getattr(layer, MARK)
-    # ranges are learned, not taken, while the network is measured
-    quantiser.observer_enabled[0] = int(layer.training)
     weight = layer.weight
-    # for the layer's own forward, whatever that does beside the product; the place in the dictionary, and so the order of parameters, stays
-    layer._parameters["weight"] = rounded(weight).to(weight.dtype)
+    # for the layer's own forward, whatever that does beside the product; found before the parameter, which stays where ZeRO 3 wants it
+    layer.__dict__["weight"] = rounded(weight).to(weight.dtype)
     try:
-        return type(layer).forward(layer, quantiser(x.float()).to(x.dtype))
+        return type(layer).forward(layer, getattr(layer, MARK)(x.float()).to(x.dtype))
     finally:
-        layer._parameters["weight"] = weight
+        del layer.__dict__["weight"]

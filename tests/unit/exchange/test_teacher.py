@@ -159,6 +159,42 @@ def test_the_whole_method_with_a_teacher(tmp_path: Path, one_rank: None) -> None
     assert (run.folder.path / "report.html").exists()
 
 
+HOLD = """
+import fcntl, os, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print(f"process {os.getpid()}", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_run_is_held_while_a_teacher_comes_in(tmp_path: Path, one_rank: None) -> None:
+    teacher = digits((8, 16), 8)
+    save_network(tmp_path / "teacher", teacher.config, teacher.state_dict())
+    run = stages(tmp_path, RESNET, {"widen": None, "wide.teacher": str(tmp_path / "teacher")})
+    call = [sys.executable, "-c", HOLD, str(run.folder.path / ".lock")]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for stage in (run.wide, lambda: run.narrow(0)):
+            with pytest.raises(UserError, match=f"process {other.pid} works on this run"):
+                stage()
+        assert not run.folder.stage("wide").exists()
+        other.communicate()
+    assert run.wide()["steps"] == 0
+
+
+def test_how_a_wide_network_would_be_trained_is_not_asked(tmp_path: Path, one_rank: None) -> None:
+    teacher = digits((8, 16), 8)
+    save_network(tmp_path / "teacher", teacher.config, teacher.state_dict())
+    changes = {"wide.tensor_parallel": 3, "wide.deepspeed": str(tmp_path / "absent.json"), "wide.schedule": {"name": "constant"}}
+    assert "wide.tensor_parallel: " in refused(tmp_path, RESNET, changes)
+    assert "absent.json" in refused(tmp_path, RESNET, {**changes, "wide.tensor_parallel": 1})
+    run = stages(tmp_path, RESNET, {**changes, "widen": None, "wide.teacher": str(tmp_path / "teacher")})
+    assert run.wide()["steps"] == 0
+    assert run.recipe.scratch().schedule == run.recipe.finetune.schedule != run.recipe.wide.schedule
+
+
 def test_pixels_of_another_normalisation(tmp_path: Path, one_rank: None) -> None:
     config = ResNetConfig(block="basic", depths=(1, 1), channels=(8, 16), stem_channels=8, image_channels=1, classes=10)
     to_hf(config.build()).save_pretrained(tmp_path / "hf")

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.running import RESNET, equal_bits, recipe, weights
+from tests.running import BERT as TEXT
+from tests.running import RESNET, equal_bits, losses, recipe, weights
 from wtn_pretrain.config import validate
+from wtn_pretrain.errors import UserError
 from wtn_pretrain.models import BertConfig, BlockNetwork, ResNetConfig
 from wtn_pretrain.models.store import load_network, save_network
 from wtn_pretrain.parallel.launch import Place
@@ -91,8 +93,28 @@ def test_stage_3_leaves_a_plain_network_and_resumes_bit_by_bit(tmp_path: Path, o
     assert equal_bits(weights(whole.folder.stage("finetune")), weights(folder))
 
 
-def test_divided_layers_are_not_rounded() -> None:
-    from wtn_pretrain.errors import UserError
+@pytest.mark.parametrize("base", [TEXT, RESNET], ids=["bert", "resnet"])
+def test_zero_and_recomputing_change_nothing(base: dict[str, Any], tmp_path: Path, one_rank: None) -> None:
+    ran = []
+    for name, changes in {
+        "plain": {},
+        "recomputed": {"finetune.checkpoint_activations": True},
+        "divided-as-well": {"finetune.deepspeed": "ds_configs/zero3.json", "finetune.checkpoint_activations": True},
+    }.items():
+        few = {"run.folder": str(tmp_path), "run.name": name, "finetune.int8": True, "finetune.steps": 4, "narrow.steps": 4}
+        run = Stages(validate(Recipe, recipe(base, {**few, **changes})), Place(0, 1))
+        torch.manual_seed(1)
+        save_network(run.folder.stage("narrow"), run.thin, run.thin.build().state_dict())
+        score = run.finetune(0)
+        ran.append([*losses(run.folder.stage("finetune")), score["loss"]])
+    # a value at the edge between two steps of a range may fall to the other one by round-off alone
+    assert all(abs(ours - plain) < 1e-5 for other in ran[1:] for ours, plain in zip(other, ran[0], strict=True)), ran
 
-    with pytest.raises(UserError, match="finetune: int8 rounds whole layers, which tensor_parallel divides"):
-        validate(Recipe, recipe(RESNET, {"finetune.int8": True, "finetune.tensor_parallel": 2}))
+
+def test_what_cannot_be_rounded_is_refused() -> None:
+    for key, value, said in (
+        ("tensor_parallel", 2, "finetune: int8 rounds whole layers, which tensor_parallel divides"),
+        ("precision", "bf16_weights", "finetune: int8 rounds fp32 weights, which there are not under precision bf16_weights"),
+    ):
+        with pytest.raises(UserError, match=said):
+            validate(Recipe, recipe(RESNET, {"finetune.int8": True, f"finetune.{key}": value}))
