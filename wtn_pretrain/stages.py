@@ -66,10 +66,11 @@ class Stages:
         for name, shape in trained.items():
             section: TrainSection = getattr(recipe, name)
             if section.tensor_parallel > 1:
-                length = self.task.length if section.sequence_parallel else None
-                reason = shape.why_not_divisible(section.tensor_parallel, length)
-                if reason:
-                    raise UserError(f"{name}.tensor_parallel: {reason}")
+                lengths = [self.task.length, *(length for _, length in self.task.lengths)] if section.sequence_parallel else [None]
+                for length in lengths:
+                    reason = shape.why_not_divisible(section.tensor_parallel, length)
+                    if reason:
+                        raise UserError(f"{name}.tensor_parallel: {reason}")
             # what a later stage cannot do is said before the first one begins
             deepspeed_config(section, name, 1, 1)
         learner_config(recipe.narrow, 1)

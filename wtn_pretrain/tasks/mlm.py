@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,6 @@ class MlmTask(Task):
         self.length = data.sequence_length
         self.predictions = masker.slots(data.sequence_length)
         self.workers = data.workers
-        self._counted: dict[tuple[BlockConfig, int], Flops] = {}
 
     def complete(self, config: BlockConfig) -> BlockConfig:
         assert isinstance(config, BertConfig)
@@ -136,26 +136,22 @@ class MlmTask(Task):
     def forward_flops(self, config: BlockConfig) -> Flops:
         """Of what the training asks for: where rows hold whole documents, the mean over all rows, without padding and without attention
         from one document to another, whatever a kernel computes beside that."""
-        return self._flops_at(config, self.length)
+        return _counted_once(self, config, self.length)
 
     def step_flops(self, config: BlockConfig, step: int, steps: int) -> Flops:
         """As `forward_flops`, for the rows of step number `step` (from 0) of a stage of `steps`."""
-        return self._flops_at(config, length_at(self.lengths, self.length, step, steps))
+        return _counted_once(self, config, length_at(self.lengths, self.length, step, steps))
 
     def stage_flops(self, config: BlockConfig, steps: int) -> float:
         """FLOPs of a forward pass of one sample, in the mean over a stage of `steps` steps."""
         phases = [*begins(self.lengths, self.length, steps), (steps, 0)]
-        return sum(self._flops_at(config, at).total * (end - first) for (first, at), (end, _) in pairwise(phases)) / steps
+        return sum(_counted_once(self, config, at).total * (end - first) for (first, at), (end, _) in pairwise(phases)) / steps
 
     def _rows(self, length: int) -> MaskedText:
-        return self._shorter.get(length, self.train)
+        return self.train if length == self.length else self._shorter[length]
 
-    def _flops_at(self, config: BlockConfig, length: int) -> Flops:
-        if (config, length) not in self._counted:  # asked for at every step, and counting takes a while
-            self._counted[config, length] = self._count(config, length)
-        return self._counted[config, length]
-
-    def _count(self, config: BlockConfig, length: int) -> Flops:
+    def count(self, config: BlockConfig, length: int) -> Flops:
+        """As `forward_flops`, for rows of `length` tokens."""
         masked = self._rows(length)
         work = mean_work(masked.text, length, masked.masker.budgets)
         if work is None:
@@ -168,6 +164,12 @@ class MlmTask(Task):
             quadratic = (double - 2 * single) / 2
             blocks.append(round((single - quadratic) * work.tokens + quadratic * work.pairs))
         return Flops(one.stem, tuple(blocks), round(one.head * work.predicted))
+
+
+@lru_cache(maxsize=32)
+def _counted_once(task: MlmTask, config: BlockConfig, length: int) -> Flops:
+    # asked for at every step, and counting takes a while
+    return task.count(config, length)
 
 
 def _announce(text: PackedText) -> None:

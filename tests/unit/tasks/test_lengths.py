@@ -20,6 +20,7 @@ def test_flops_and_batches_follow_the_lengths(tmp_path: Path, packing: str) -> N
     widths = [stream.micro_batch(step, 0)["input_ids"].shape[1] for step in range(8)]
     assert widths == [8, 8, 16, 16, 24, 24, 24, 24]
     assert stream.micro_batch(0, 0)["positions"].shape[1] == 1 and stream.micro_batch(7, 0)["positions"].shape[1] == 3
+    assert [task.step_length(step, 8) for step in range(8)] == widths and full.step_length(0, 8) == 24
     counted = [task.step_flops(shape, step, 8) for step in range(8)]
     assert counted[0].total < counted[2].total < counted[4].total == full.forward_flops(shape).total == task.forward_flops(shape).total
     assert task.stage_flops(shape, 8) == pytest.approx(sum(one.total for one in counted) / 8)
