@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,14 @@ def test_every_arm_at_every_shape(tmp_path: Path) -> None:
     assert "Hugging Face eager over ONNX Runtime at batch 1" in done.stdout
 
 
-def test_a_wrong_argument_is_one_line(tmp_path: Path) -> None:
-    done = call("--json", str(tmp_path / "absent" / "figures.json"))
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "no folder" in done.stderr
+def test_a_wrong_argument_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, said in (
+        (["--json", str(tmp_path / "absent" / "figures.json")], "no folder"),
+        (["--preset", "none"], "invalid choice"),
+        (["--wrong"], "--wrong"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bench_latency.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "tools" / "bench_latency.py"), run_name="__main__")
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and len(told.splitlines()) == 1 and said in told

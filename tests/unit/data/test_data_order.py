@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from wtn_pretrain.data import order
@@ -65,9 +65,11 @@ def test_a_blend_keeps_its_order_too(world: int) -> None:
     assert run(data, 16, world, 1, 0, 20) == run(data, 16, 1, 16, 0, 20)
 
 
-@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
+# sets of a few samples go through an epoch at every step, which takes its time
+@example(parts=[(1, 0.03), (300, 1.0)], seed=0, first=70_000)
+@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
-    parts=st.lists(st.tuples(st.integers(1, 5000), st.floats(0.01, 1)), min_size=1, max_size=5),
+    parts=st.lists(st.tuples(st.integers(20, 5000), st.floats(0.01, 1)), min_size=1, max_size=5),
     seed=st.integers(0, 2**40),
     first=st.integers(0, 10**6),
 )

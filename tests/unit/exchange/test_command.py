@@ -1,6 +1,7 @@
 """tools/export.py and its like in Python, on a small run: any stage, a checkpoint in the middle, and what cannot be exported."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -61,9 +62,17 @@ def test_a_run_from_the_command_line(run: Path) -> None:
     told = json.loads((run / "export" / "hf" / "parity.json").read_text())
     assert told["network"]["stage"] == "finetune"
     assert len(told["network"]["sha256"]["model.safetensors"]) == 64
-    done = subprocess.run([*call[:3], "--to", "timm"], capture_output=True, text=True, env=environment(), cwd=run)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: export: timm cannot hold this network") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_format_that_cannot_hold_it_ends_the_command(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export.py", str(run), "--to", "timm"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "tools" / "export.py"), run_name="__main__")
+    told = capsys.readouterr().err
+    assert left.value.code == 2
+    assert told.startswith("error: export: timm cannot hold this network") and len(told.splitlines()) == 1
 
 
 def test_the_pipeline_classifies_as_the_network_does(run: Path, tmp_path: Path) -> None:
