@@ -32,6 +32,7 @@ setup(
         "tokenizers==0.23.3",
         "sentencepiece>=0.2.1",
         "datasets==5.2.0",
+        "pyarrow>=21.0",  # Parquet and .zst
         "pillow>=11.0",
         "scipy>=1.11",  # the inverse of the beta distribution, for mixup
         "scikit-learn>=1.7",  # the digits that the quickstart trains on

@@ -1,7 +1,16 @@
-"""Export the fine-tuned thin network of a run: python tools/export.py --config runs/NAME/config.yaml [--export.formats=[onnx]]"""
+"""Export the thin network of a run, each format compared with the original before it counts as written.
 
-from wtn_pretrain.cli import main
-from wtn_pretrain.export.command import export_run
+python tools/export.py runs/NAME [--to hf,onnx,onnx_fused,onnx_int8,torchvision,timm,torch_export] [--stage finetune] [--export.opset=20]
+"""
+
+import sys
+
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.command import export_run
 
 if __name__ == "__main__":
-    main(export_run, __doc__)
+    try:
+        print(export_run(__doc__, sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,7 @@
 """The command line that all entry scripts share: `--config FILE`, `--section.key=value`, one line for a mistake."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,10 +36,13 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
             config = value
         elif name in ("local_rank", "local-rank"):
             continue  # launchers pass it; the environment says the same
+        elif name == "teacher":
+            # a path, whatever it would mean in YAML
+            assignments.append(f"wide.teacher={json.dumps(value)}")
         elif "." in name:
             assignments.append(f"{name}={value}")
         else:
-            raise UserError(f"argument --{name}: unknown; there are --config, --dry-run, --help and --section.key=value for every key")
+            raise UserError(f"argument --{name}: unknown; there are --config, --teacher, --dry-run, --help and --section.key=value")
     return config, assignments
 
 
@@ -101,7 +105,8 @@ def _help(purpose: str) -> str:
     from wtn_pretrain.recipe import Recipe
 
     return (
-        f"{purpose.strip()}\n\nusage: SCRIPT --config FILE [--dry-run] [--section.key=value ...]\n\n"
+        f"{purpose.strip()}\n\nusage: SCRIPT --config FILE [--teacher PATH] [--dry-run] [--section.key=value ...]\n\n"
+        "--teacher takes a wide network from elsewhere in the place of stage 1 (wide.teacher)\n"
         "--dry-run shows the plan of stage 2 on these ranks and starts nothing\n\n"
         f"model.preset may name a shape, and keys beside it override: {', '.join(preset_names())}\n\nkeys [default]:\n{describe(Recipe)}"
     )

@@ -1,9 +1,7 @@
 """The whole method: all stages for all seeds, export, and the comparison with training from scratch."""
 
-import subprocess
 from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +9,9 @@ import torch
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.device import device, hardware
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.export.command import standing
-from wtn_pretrain.export.write import export
+from wtn_pretrain.exchange.command import brief, commit, describe, standing
+from wtn_pretrain.exchange.files import digest
+from wtn_pretrain.exchange.write import export_network
 from wtn_pretrain.models.base import BlockConfig, parameter_count
 from wtn_pretrain.models.store import load_network
 from wtn_pretrain.report.html import write_report
@@ -39,9 +38,11 @@ def run_method(stages: Stages) -> Summary | None:
             scratch.append(stages.scratch(seed))
     if stages.place.rank:
         return None
-    thin = load_network(stages.seed_folder("finetune", recipe.compare.seeds[0]))
     say("exporting " + ", ".join(recipe.export.formats))
-    written = export(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export.tolerance)
+    start = stages.seed_folder("finetune", recipe.compare.seeds[0])
+    thin = load_network(start)
+    origin = describe(recipe, stages.folder.path, "finetune", stages.task, {"model.safetensors": digest(start / "model.safetensors")})
+    written = export_network(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export, origin)
     thin_shape, wide_shape = _shape(stages, stages.thin), _shape(stages, stages.wide_shape)
     win = WinArm(
         **Arm.statistics([result["metric"] for result in finetune]),
@@ -59,13 +60,13 @@ def run_method(stages: Stages) -> Summary | None:
         name=recipe.run.name,
         metric=Metric(metric.name, metric.unit, metric.higher_is_better),
         date=date.today().isoformat(),
-        commit=_commit(),
+        commit=commit(),
         hardware=hardware(),
         wide=Arm(**Arm.statistics([wide["metric"]]), **wide_shape, training=_cost([wide], 1)),
         thin_scratch=baseline,
         thin_win=win,
         gain=gain(win, baseline) if baseline else None,
-        export=written,
+        export={name: brief(result) for name, result in written.items()},
     )
     write_summary(stages.folder.path / "summary.json", summary)
     report = write_report(stages.folder.path)
@@ -110,13 +111,3 @@ def _cost(results: Sequence[dict[str, Any]], seeds: int) -> Training:
     """What one seed cost, on average."""
     total = {key: sum(result[key] for result in results) / seeds for key in ("steps", "flops", "seconds")}
     return Training(steps=round(total["steps"]), flops=total["flops"], seconds=total["seconds"])
-
-
-def _commit() -> str | None:
-    """The commit of the code that ran, if it runs from a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    try:
-        answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()

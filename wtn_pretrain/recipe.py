@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,8 @@ from wtn_pretrain.config import Section, override, read_yaml, validate
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.config import ExportSection
+from wtn_pretrain.exchange.teacher import wide_shape
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.kernels.select import Kernels
 from wtn_pretrain.models.base import BlockConfig, expand_preset
@@ -48,6 +50,31 @@ class WidenSection(Section):
     """Blocks per stage of the wide network; empty: as many as the thin one's."""
 
 
+class WideSection(TrainSection):
+    """Stage 1, or the network from elsewhere that takes its place."""
+
+    teacher: str = ""
+    """A wide network that exists: it is the teacher of stage 2, its shape is read from it, and stage 1 and `widen` are not used. A run or a
+    stage of one, a Hugging Face folder, a timm folder, a state dict in torchvision's names, a Megatron BERT checkpoint (docs/export.md)."""
+    teacher_pickle: bool = False
+    """Read `teacher` even if it is a pickle; tensors alone are then taken from it."""
+
+
+class FinetuneSection(TrainSection):
+    """Stage 3."""
+
+    int8: bool = False
+    """Train for int8: products and convolutions round their weights and inputs as the int8 exports will (Jacob et al. 2018)."""
+
+    @model_validator(mode="after")
+    def _rounds(self) -> Self:
+        if self.int8 and self.tensor_parallel > 1:
+            raise ValueError("int8 rounds whole layers, which tensor_parallel divides; use one of the two")
+        if self.int8 and self.precision in ("bf16_weights", "fp16"):
+            raise ValueError(f"int8 rounds fp32 weights, which there are not under precision {self.precision}; use bf16 or fp32")
+        return self
+
+
 class CompareSection(Section):
     """What the result is held against."""
 
@@ -58,16 +85,7 @@ class CompareSection(Section):
     optimizer: OptimizerSection | None = None
     """Optimizer of the scratch baseline; null takes finetune's, but it deserves tuning of its own."""
     schedule: ScheduleSection | None = None
-    """Schedule of the scratch baseline; null takes wide's."""
-
-
-class ExportSection(Section):
-    """What is written at the end."""
-
-    formats: tuple[Literal["hf", "onnx"], ...] = ("hf", "onnx")
-    """Formats of the thin network: a Hugging Face folder, ONNX. One that cannot hold it is refused by name, not in silence."""
-    tolerance: float = Field(1e-4, gt=0)
-    """Largest absolute difference of logits (fp32) at which an export counts as written."""
+    """Schedule of the scratch baseline; null takes wide's, or finetune's where a teacher from elsewhere is not trained."""
 
 
 class Recipe(Section):
@@ -78,9 +96,9 @@ class Recipe(Section):
     widen: WidenSection = WidenSection()
     task: Annotated[MlmSection | ClassifySection, Field(discriminator="kind")]
     data: Annotated[TextData | ImageData, Field(discriminator="kind")]
-    wide: TrainSection = TrainSection()
+    wide: WideSection = WideSection()
     narrow: ImitateSection = ImitateSection()
-    finetune: TrainSection = TrainSection()
+    finetune: FinetuneSection = FinetuneSection()
     compare: CompareSection = CompareSection()
     export: ExportSection = ExportSection()
 
@@ -103,7 +121,8 @@ class Recipe(Section):
             raise ValueError("narrow.loss mobilebert is for encoder layers and the model is a resnet; use energy_mse")
         if len(set(self.compare.seeds)) != len(self.compare.seeds):
             raise ValueError(f"compare.seeds {list(self.compare.seeds)} names a seed twice; give different ones")
-        self.wide_model()
+        if not self.wide.teacher:
+            self.wide_model()
         if self.scratch_samples() % self.finetune.batch_size:
             raise ValueError(
                 f"narrow.batch_size {self.narrow.batch_size} x narrow.steps {self.narrow.steps} is not a multiple of finetune.batch_size "
@@ -112,7 +131,9 @@ class Recipe(Section):
         return self
 
     def wide_model(self) -> BlockConfig:
-        """The shape of the wide network."""
+        """The shape of the wide network; that of a teacher is read from it."""
+        if self.wide.teacher:
+            return wide_shape(self.model, self.wide.teacher, self.wide.teacher_pickle)
         return self.model.widen(self.widen.inner, self.widen.outer, self.widen.blocks or None)
 
     def scratch_samples(self) -> int:
@@ -125,7 +146,7 @@ class Recipe(Section):
             update={
                 "steps": self.scratch_samples() // self.finetune.batch_size,
                 "optimizer": self.compare.optimizer or self.finetune.optimizer,
-                "schedule": self.compare.schedule or self.wide.schedule,
+                "schedule": self.compare.schedule or (self.finetune if self.wide.teacher else self.wide).schedule,
             }
         )
 

@@ -9,7 +9,10 @@ import torch
 from wtn_pretrain.config import Section, dump_yaml
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
+from wtn_pretrain.device import device
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.foreign import Foreign, forget_foreign, open_foreign
+from wtn_pretrain.exchange.teacher import adapted, require_kin, require_same_inputs
 from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.imitation.bridges import bridge_kinds
 from wtn_pretrain.imitation.learner import learner_config
@@ -22,12 +25,14 @@ from wtn_pretrain.narrow import Narrow
 from wtn_pretrain.parallel.launch import Place, require_same, wait_for_all
 from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.recipe import Recipe, check_writable
-from wtn_pretrain.tasks.base import Task
+from wtn_pretrain.tasks.base import Task, evaluate
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
 from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.engine import check_training
+from wtn_pretrain.training.int8 import fake_quantise, without_ranges
 from wtn_pretrain.training.loop import train
+from wtn_pretrain.training.monitor import say
 
 
 def open_task(recipe: Recipe, cache: Path) -> Task:
@@ -48,16 +53,24 @@ class Stages:
         self.folder = RunFolder(recipe.place())
         self.folder.check(dump_yaml(recipe))
         self.task = open_task(recipe, self.folder.path / "data")
-        self.thin = self.task.complete(recipe.model)
-        self.wide_shape = self.task.complete(recipe.wide_model())
+        wide = self._wide_model()
+        self.thin = self.task.complete(adapted(recipe.model, wide))
+        if recipe.wide.teacher:
+            wide = require_kin(self.thin, wide, recipe.wide.teacher)
+            if not self.folder.result(self.folder.stage("wide")):
+                require_same_inputs(self._teacher(), self.task, recipe.wide.teacher)
+        self.wide_shape = self.task.complete(wide)
         self.pairing = pair(self.thin, self.wide_shape, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
-        for name, shape in (("wide", self.wide_shape), ("finetune", self.thin)):
+        # a teacher from elsewhere is not trained, whatever the recipe says of that
+        trained = {"finetune": self.thin} if recipe.wide.teacher else {"wide": self.wide_shape, "finetune": self.thin}
+        for name, shape in trained.items():
             section: TrainSection = getattr(recipe, name)
             if section.tensor_parallel > 1:
-                length = self.task.length if section.sequence_parallel else None
-                reason = shape.why_not_divisible(section.tensor_parallel, length)
-                if reason:
-                    raise UserError(f"{name}.tensor_parallel: {reason}")
+                lengths = [self.task.length, *(length for _, length in self.task.lengths)] if section.sequence_parallel else [None]
+                for length in lengths:
+                    reason = shape.why_not_divisible(section.tensor_parallel, length)
+                    if reason:
+                        raise UserError(f"{name}.tensor_parallel: {reason}")
             # what a later stage cannot do is said before the first one begins
             with torch.device("meta"):
                 check_training(section, name, shape.build())
@@ -75,7 +88,9 @@ class Stages:
         return self.folder.stage(stage, None if seed == self.recipe.compare.seeds[0] else seed)
 
     def wide(self) -> dict[str, Any]:
-        """Stage 1: the wide network, trained to convergence."""
+        """Stage 1: the wide network, trained to convergence, or the teacher that takes its place."""
+        if self.recipe.wide.teacher:
+            return self._adopt()
         return self._train("wide", None, self.wide_shape, self.recipe.wide, self.recipe.run.seed)
 
     def scratch(self, seed: int) -> dict[str, Any]:
@@ -94,6 +109,8 @@ class Stages:
         if finished:
             return finished
         teacher = self.folder.stage("wide")
+        if self.recipe.wide.teacher:
+            self._adopt()
         if load_shape(teacher) != self.wide_shape:
             raise UserError(
                 f"{teacher}: holds a network of another shape than this run's wide one; train it again under another --run.name"
@@ -114,6 +131,33 @@ class Stages:
             self.folder.lock()
         wait_for_all(self.place)
 
+    def _wide_model(self) -> BlockConfig:
+        """The wide network's shape; once a teacher is in the run's folder, it is needed where it came from no more."""
+        wide = self.folder.stage("wide")
+        return load_shape(wide) if self.recipe.wide.teacher and self.folder.result(wide) else self.recipe.wide_model()
+
+    def _teacher(self) -> Foreign:
+        return open_foreign(self.recipe.wide.teacher, self.recipe.wide.teacher_pickle)
+
+    def _adopt(self) -> dict[str, Any]:
+        """Puts the teacher from elsewhere, once, where stage 1 would leave its network; the first rank does."""
+        folder, section = self.folder.stage("wide"), self.recipe.wide
+        finished = self.folder.result(folder)
+        if finished:
+            return finished
+        self._begin()
+        if self.place.rank == 0:
+            foreign = self._teacher()
+            say(f"wide: {section.teacher}, {foreign.kind}, is the teacher; stage 1 and widen are not used")
+            save_network(folder, self.wide_shape, foreign.state)
+            score = evaluate(load_network(folder).to(device()), self.task)
+            say(f"wide: the teacher's {self.task.metric.name} is {score['metric']:.2f} {self.task.metric.unit}")
+            origin = {"teacher": section.teacher, "kind": foreign.kind, "sha256": foreign.hashes()}
+            self.folder.finish(folder, {**score, "steps": 0, "seconds": 0.0, "flops": 0.0, **origin})
+        forget_foreign()
+        wait_for_all(self.place)
+        return self.folder.result(folder) or {}
+
     def _train(
         self,
         name: str,
@@ -130,6 +174,8 @@ class Stages:
         self._begin()
         torch.manual_seed(init)
         network = start() if start else shape.build()
+        if getattr(section, "int8", False):
+            fake_quantise(network)
         trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place, notice=self.notice)
         forward = self.task.stage_flops(shape, section.steps)
         result = {
@@ -140,7 +186,7 @@ class Stages:
             "flops": 3 * forward * section.steps * section.batch_size,
         }
         if trained.state is not None:
-            save_network(folder, shape, trained.state)
+            save_network(folder, shape, without_ranges(trained.state))
             self.folder.finish(folder, result)
         # the next stage of any rank starts from what the first one has written
         wait_for_all(self.place)

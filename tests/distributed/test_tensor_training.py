@@ -106,6 +106,11 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
         {"wide.tensor_parallel": 2, "wide.sequence_parallel": True, "data.sequence_length": 23},
         "2 ranks do not divide sequences of 23 tokens",
     ),
+    "odd short sequences": (
+        2,
+        {"wide.tensor_parallel": 2, "wide.sequence_parallel": True, "data.lengths": [[0.5, 15]]},
+        "2 ranks do not divide sequences of 15 tokens",
+    ),
 }
 
 

@@ -12,9 +12,14 @@ def splitmix64(values: U64) -> U64:
     """The SplitMix64 finaliser of each uint64, elementwise."""
     with np.errstate(over="ignore"):
         values = values + _GOLDEN
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+        # in place from here on: this is most of what masking and augmenting cost
+        mixed = np.atleast_1d(values)
+        mixed ^= mixed >> np.uint64(30)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        mixed ^= mixed >> np.uint64(27)
+        mixed *= np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+        return mixed.reshape(np.shape(values))
 
 
 def hash_keys(*keys: int | np.ndarray) -> U64:
@@ -28,7 +33,12 @@ def hash_keys(*keys: int | np.ndarray) -> U64:
 
 def uniforms(seeds: U64, purpose: int, count: int) -> NDArray[np.float64]:
     """`count` numbers in [0, 1) for each of the seeds [B]: float64 [B, count]. Purposes are independent of each other."""
-    bits = hash_keys(seeds[:, None], purpose, np.arange(count, dtype=np.uint64)[None, :])
+    return uniforms_at(seeds, purpose, np.arange(count, dtype=np.uint64)[None, :])
+
+
+def uniforms_at(seeds: U64, purpose: int, places: np.ndarray) -> NDArray[np.float64]:
+    """Those of the numbers of `uniforms` that stand at `places`, int [B, N]: float64 [B, N]."""
+    bits = hash_keys(seeds[:, None], purpose, places)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

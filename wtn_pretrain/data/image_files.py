@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,9 @@ from PIL import Image
 from wtn_pretrain.data.augment import Augment, centre_box, crop_draws, random_box
 from wtn_pretrain.errors import UserError
 
-_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+_MOST_PIXELS = 1 << 26
+"""Of an image; its header says how many there are before any is decoded."""
+SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
 class Encoded(Protocol):
@@ -193,10 +196,10 @@ def _list_images(root: Path, folders: tuple[str, ...], classes: tuple[str, ...] 
             os.fsencode(os.path.relpath(os.path.join(place, file), root))
             for place, _, files in os.walk(root / folder)
             for file in files
-            if os.path.splitext(file)[1].lower() in _SUFFIXES and not file.startswith(".")
+            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")
         )
         if not found:
-            raise UserError(f"{root / folder}: no images ({', '.join(sorted(_SUFFIXES))}); fill the class folder or remove it")
+            raise UserError(f"{root / folder}: no images ({', '.join(sorted(SUFFIXES))}); fill the class folder or remove it")
         names += found
         labels += [classes.index(folder)] * len(found)
     return FileImages(root, np.array(names)), np.array(labels, np.int64)
@@ -204,7 +207,12 @@ def _list_images(root: Path, folders: tuple[str, ...], classes: tuple[str, ...] 
 
 def _attempt(images: Encoded, index: int, use: Callable[[Image.Image], Any]) -> Any:
     try:
-        with images.open(index) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a refusal follows
+            image = images.open(index)
+        with image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are a decompression bomb")
             return use(image)
     except Exception as error:  # Pillow's decoders raise all sorts on corrupt files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -11,9 +11,12 @@ from pydantic import Field, model_validator
 from wtn_pretrain.config import Section
 from wtn_pretrain.data import image_files
 from wtn_pretrain.data.augment import Augment, erase, shift_and_flip
+from wtn_pretrain.data.faults import Faults, Policy, tell_skipped
 from wtn_pretrain.data.hashing import permutation
 from wtn_pretrain.data.image_arrays import CIFAR_CLASSES, ArrayPixels, Arrays, read_cifar, read_digits, read_idx, with_channels
+from wtn_pretrain.data.image_cache import cached
 from wtn_pretrain.data.image_files import DecodedPixels, Encoded, Subset, TableImages
+from wtn_pretrain.data.image_shards import read_shards
 from wtn_pretrain.data.mixing import mix, partners
 from wtn_pretrain.data.rand_augment import rand_augment
 from wtn_pretrain.data.tables import check_column, open_tables, training_table, validation_table
@@ -30,12 +33,18 @@ class ImageData(Section):
 
     kind: Literal["images"] = "images"
     """Images."""
-    source: Literal["digits", "folder", "idx", "cifar", "datasets"] = "digits"
+    source: Literal["digits", "folder", "idx", "cifar", "datasets", "tar"] = "digits"
     """Where the images come from: scikit-learn's digits (need no file), class folders, IDX files (MNIST), CIFAR-10's binary version,
-    or tables read through the datasets library."""
+    tables read through the datasets library, or tar files (WebDataset's shards, or class folders in a tar)."""
     path: str | None = None
     """Folder with train/ and valid/ (or test/) class folders, folder of IDX files or of data_batch_*.bin, or for datasets a hub name
-    or a folder of Parquet or arrow files; digits need none."""
+    or a folder of Parquet or arrow files, or folder of .tar files, those of validation named valid* or test*; digits need none."""
+    cache: str | None = None
+    """Folder to keep decoded pixels in, for sets that fit on the disk at `size`: later epochs and runs decode nothing; sources folder,
+    datasets and tar, with size. Null decodes anew each time."""
+    faults: Policy = "stop"
+    """What to do about what cannot be read in tar files, and about images that cannot be decoded into `cache`: stop, or skip and count
+    them (the count is printed and stands in the cache's card.json)."""
     size: int | None = Field(default=None, ge=1)
     """Side in pixels to crop and resize to; null keeps the native size, which all images must then share."""
     channels: Literal[1, 3] | None = None
@@ -63,6 +72,11 @@ class ImageData(Section):
     sizes: tuple[tuple[float, int], ...] = ()
     """Progressive resizing of training on labels: pairs (share of the steps, side), each side used until that share of the steps is
     done, then `size`; [[0.4, 128], [0.8, 176]] for example. Imitation and validation always take `size`."""
+    mean: tuple[float, ...] = ()
+    """What is taken from pixel values in [0, 1], a number a channel, with `std`; a network from elsewhere wants the numbers that it was
+    trained with. Empty: of the training images where they are in memory, else ImageNet's."""
+    std: tuple[float, ...] = ()
+    """What they are then divided by."""
     valid_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Part held out for validation where the source has no such split."""
     limit: int | None = Field(default=None, ge=1)
@@ -78,12 +92,16 @@ class ImageData(Section):
     def _fits_together(self) -> "ImageData":
         if self.source != "digits" and self.path is None:
             raise UserError(f"path is missing, which source {self.source} needs")
-        if self.source not in ("folder", "datasets") or self.size is None:
-            for name in ("random_resized_crop", "crop_fraction"):
+        if self.source not in ("folder", "datasets", "tar") or self.size is None:
+            for name in ("random_resized_crop", "crop_fraction", "cache"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise UserError(f"{name} needs size and source folder or datasets; leave it out")
+                    raise UserError(f"{name} needs size and source folder, datasets or tar; leave it out")
+        if self.cache is not None and self.random_resized_crop:
+            raise UserError("cache keeps images at size, of which random_resized_crop would cut parts; leave one of them out")
         if not self.rand_augment and self.magnitude != type(self).model_fields["magnitude"].default:
             raise UserError("magnitude is that of rand_augment, which is off; set rand_augment to 2, or leave magnitude out")
+        if len(self.mean) != len(self.std) or any(not value > 0 for value in self.std):
+            raise UserError(f"mean {list(self.mean)} and std {list(self.std)} must have one number a channel each, std above 0")
         shares = [share for share, _ in self.sizes]
         if any(not 0 < share < 1 for share in shares) or shares != sorted(set(shares)):
             raise UserError(f"sizes has the shares {shares}; they must rise, each between 0 and 1")
@@ -188,6 +206,11 @@ def _open(config: ImageData) -> ImageSplits:
         return _array_splits(config, *read_idx(root), None)
     if config.source == "cifar":
         return _array_splits(config, *read_cifar(root), CIFAR_CLASSES)
+    if config.source == "tar":
+        faults = _faults(config)
+        found = read_shards(root, config.classes, faults)
+        tell_skipped(faults, str(root))
+        return _decoded_splits(config, *found)
     train, labels, valid, valid_labels, classes = image_files.read_folder(root)
     return _decoded_splits(config, train, labels, valid, valid_labels, classes)
 
@@ -206,7 +229,7 @@ def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classe
         valid = Arrays(train.pixels[rest], train.labels[rest], train.origin)
         train = Arrays(train.pixels[kept], train.labels[kept], train.origin)
     # of the whole training split: a network stays usable whatever data.limit another run has
-    mean, std = _statistics(train.pixels, channels)
+    mean, std = _given(config, channels) or _statistics(train.pixels, channels)
     chosen = _limited(len(train.labels), config)
     training = ArrayPixels(train.pixels if config.limit is None else train.pixels[chosen], channels, size)
     return ImageSplits(
@@ -282,11 +305,19 @@ def _decoded_splits(
         valid, valid_labels = Subset(train, rest), labels[rest]
         train, labels = Subset(train, kept), labels[kept]
     chosen = _limited(len(labels), config)
-    mean, std = _DECODED_MEAN[channels], _DECODED_STD[channels]
-    training = DecodedPixels(Subset(train, chosen), channels, size, config.crop_fraction)
-    held_out = DecodedPixels(valid, channels, size, config.crop_fraction)
+    labels = labels[chosen]
+    mean, std = _given(config, channels) or (_DECODED_MEAN[channels], _DECODED_STD[channels])
+    training: Pixels = DecodedPixels(Subset(train, chosen), channels, size, config.crop_fraction)
+    held_out: Pixels = DecodedPixels(valid, channels, size, config.crop_fraction)
+    if config.cache is not None:
+        assert isinstance(training, DecodedPixels)
+        assert isinstance(held_out, DecodedPixels)
+        faults, folder = _faults(config), Path(config.cache)
+        training, labels = cached(training, labels, folder / "train", faults)
+        held_out, valid_labels = cached(held_out, valid_labels, folder / "valid", faults)
+        tell_skipped(faults, config.cache)
     return ImageSplits(
-        ImageSet(training, labels[chosen], mean, std, _augment(config, size)),
+        ImageSet(training, labels, mean, std, _augment(config, size)),
         ImageSet(held_out, valid_labels, mean, std),
         classes,
         channels,
@@ -294,6 +325,17 @@ def _decoded_splits(
         mean,
         std,
     )
+
+
+def _faults(config: ImageData) -> Faults:
+    return Faults(config.faults, "data.faults: skip")
+
+
+def _given(config: ImageData, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """`data.mean` and `data.std`, if they are set."""
+    if config.mean and len(config.mean) != channels:
+        raise UserError(f"data.mean and data.std: have {len(config.mean)} numbers and the images {channels} channels; give one a channel")
+    return (config.mean, config.std) if config.mean else None
 
 
 def _augment(config: ImageData, size: int) -> Augment | None:

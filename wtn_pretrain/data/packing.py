@@ -5,7 +5,7 @@ is what `segments` says. A packing is a function of the documents' lengths and o
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def lay_out(documents: np.ndarray, sequence_length: int, packing: Packing) -> La
     ones share: best fit, longest first, over the histogram of lengths (Krell et al. 2021, "Efficient Sequence Packing without
     Cross-contamination", section 3). Rows are in the order in which their first pieces stand in the text.
     """
-    starts, lengths = _pieces(documents, sequence_length - SPECIAL)
+    starts, lengths = pieces_of(documents, sequence_length - SPECIAL)
     if packing == "padded":
         return Layout(starts, lengths, np.arange(len(starts) + 1))
     row = _in_order(best_fit(lengths + SPECIAL, sequence_length))
@@ -101,7 +101,7 @@ class PackedText:
     "attention_mask" int64 [B, S], 1 and 0.
     """
 
-    tokens: np.ndarray  # 1-D, memory-mapped
+    tokens: Any  # 1-D ids, memory-mapped
     layout: Layout
     sequence_length: int
     cls_id: int
@@ -147,7 +147,7 @@ def _within(counts: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
-def _pieces(documents: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+def pieces_of(documents: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     """Starts, int64, and lengths, int32, of pieces of at most `room` tokens."""
     counts = -(-np.diff(documents) // room)
     starts = np.repeat(documents[:-1], counts) + _within(counts) * room

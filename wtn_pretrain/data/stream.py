@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from wtn_pretrain.data.hashing import hash_keys, permutation
+from wtn_pretrain.data.hashing import hash_keys
+from wtn_pretrain.data.order import order_of
 from wtn_pretrain.errors import UserError
 
 Batch = dict[str, torch.Tensor]
@@ -27,9 +28,10 @@ class Dataset(Protocol):
 class BatchStream:
     """The training batches of a dataset.
 
-    Sample number n = step * batch_size + j stands in epoch n // N at position n % N of that epoch's permutation, and its seed is
-    a hash of (seed, epoch, index). Neither depends on rank count, accumulation or workers. The global batch is cut into
-    `accumulation` runs of micro_batch_size * world_size samples; of each, rank r takes the r-th micro-batch.
+    Sample number n = step * batch_size + j stands in epoch n // N at position n % N of that epoch's permutation (sets that are blended
+    by weight: see `wtn_pretrain.data.order`), and its seed is a hash of (seed, epoch, index). Neither depends on rank count,
+    accumulation or workers. The global batch is cut into `accumulation` runs of micro_batch_size * world_size samples; of each, rank r
+    takes the r-th micro-batch.
     """
 
     accumulation: int
@@ -68,7 +70,7 @@ class BatchStream:
         self.seed, self.shuffle, self.workers = seed, shuffle, workers
         self.rank, self.world_size = rank, world_size
         self.part = part or (0, self.micro_batch_size)
-        self._orders: dict[int, np.ndarray] = {}
+        self._order = order_of(dataset, len(dataset), seed, shuffle)
 
     def sample_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The global batch of `step`: indices int64 [batch_size] and seeds uint64 [batch_size]."""
@@ -106,20 +108,8 @@ class BatchStream:
             yield fetched
 
     def _ids(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers = np.arange(first, first + count, dtype=np.int64)
-        epochs, indices = np.divmod(numbers, len(self.dataset))
-        for epoch in np.unique(epochs):
-            within = epochs == epoch
-            indices[within] = self._order(int(epoch))[indices[within]]
+        epochs, indices = self._order.at(np.arange(first, first + count, dtype=np.int64))
         return indices, hash_keys(self.seed, epochs, indices)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # a batch may straddle two epochs
-                self._orders.pop(next(iter(self._orders)))
-            size = len(self.dataset)
-            self._orders[epoch] = permutation(self.seed, epoch, size) if self.shuffle else np.arange(size)
-        return self._orders[epoch]
 
 
 def batches(dataset: Dataset, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

@@ -3,15 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from wtn_pretrain.config import Section
+from wtn_pretrain.data.blend import Blend
 from wtn_pretrain.data.corpus import (
     Corpus,
     PydocTopics,
@@ -23,8 +22,10 @@ from wtn_pretrain.data.corpus import (
     validation_threshold,
 )
 from wtn_pretrain.data.documents import kept_runs, numbered_blocks
-from wtn_pretrain.data.hashing import uniforms
 from wtn_pretrain.data.packing import PackedText, Packing, lay_out
+from wtn_pretrain.data.sentence_pairs import SentencePairs
+from wtn_pretrain.data.text_set import TextSet
+from wtn_pretrain.data.token_corpus import open_corpora
 from wtn_pretrain.data.token_store import (
     build_once,
     documents_file,
@@ -40,10 +41,7 @@ from wtn_pretrain.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pair = Literal["sop", "nsp"]
-
 _FORMAT = 2  # raise when the same settings and text come to give other tokens
-_CUT, _ORDER, _OTHER = 11, 12, 13
 
 
 class TextData(Section):
@@ -51,13 +49,16 @@ class TextData(Section):
 
     kind: Literal["text"] = "text"
     """Text."""
-    source: Literal["pydoc", "files", "datasets"] = "pydoc"
-    """Where the text comes from: the language reference inside Python itself (needs no file), text files, or the datasets library."""
+    source: Literal["pydoc", "files", "datasets", "corpus"] = "pydoc"
+    """Where the text comes from: the language reference inside Python itself (needs no file), text files, the datasets library, or token
+    files that tools/preprocess_corpus.py or Megatron-LM wrote."""
     paths: tuple[str, ...] = ()
     """Files, folders or glob patterns of .txt, .txt.xz and .txt.gz in UTF-8 (Wikipedia's <doc> lines are understood); for datasets one hub
-    name or one folder of Parquet or arrow files."""
+    name or one folder of Parquet or arrow files; for corpus folders of prepared corpora, or token files without .bin and .idx."""
+    weights: tuple[float, ...] = ()
+    """How often training takes rows of each of paths, in proportion; empty: as their sizes are. Source corpus."""
     valid_paths: tuple[str, ...] = ()
-    """Files to validate on, left out of the training text; empty holds out valid_fraction. Source files."""
+    """Files, or corpora, to validate on, left out of the training text; empty holds out valid_fraction, or what a corpus holds out."""
     column: str = "text"
     """Column of the text, source datasets."""
     tokenizer: str | None = None
@@ -68,6 +69,9 @@ class TextData(Section):
     """Whether a trained tokenizer lowers case and strips accents."""
     sequence_length: int = Field(default=64, ge=8)
     """Tokens in a row, [CLS] and [SEP] included."""
+    lengths: tuple[tuple[float, int], ...] = ()
+    """Warm-up with shorter rows: pairs (share of the steps, tokens), each used until that share of the steps is done, then
+    sequence_length; [[0.9, 128]] for BERT's. Imitation and validation always take sequence_length."""
     packing: Packing = "none"
     """What a row holds. none: the running text, over the ends of documents; documents: whole documents, or pieces of longer ones, without
     attention from one to the other; padded: one of them and padding, as others train."""
@@ -84,80 +88,28 @@ class TextData(Section):
             raise UserError(f"paths is empty, which source {self.source} needs")
         if self.source == "datasets" and len(self.paths) > 1:
             raise UserError(f"paths names {len(self.paths)} places, source datasets takes one")
-        if self.valid_paths and self.source != "files":
-            raise UserError(f"valid_paths goes with source files, not {self.source}; leave it out")
+        if self.valid_paths and self.source not in ("files", "corpus"):
+            raise UserError(f"valid_paths goes with source files or corpus, not {self.source}; leave it out")
+        if self.weights and self.source != "corpus":
+            raise UserError(f"weights goes with source corpus, not {self.source}; leave it out")
+        shares, lengths = [share for share, _ in self.lengths], [length for _, length in self.lengths]
+        if any(not 0 < share < 1 for share in shares) or shares != sorted(set(shares)):
+            raise UserError(f"lengths has the shares {shares}; they must rise, each between 0 and 1")
+        if any(not 8 <= length <= self.sequence_length for length in lengths):
+            raise UserError(f"lengths has {lengths}; each must be from 8 to sequence_length {self.sequence_length}")
         return self
 
 
-@dataclass(frozen=True)
-class TextSet:
-    """A Dataset of full rows packed from running text: {"input_ids": int64 [B, S]} = [CLS] tokens [SEP].
-
-    With `pair` a row is [CLS] a [SEP] b [SEP], and "token_type_ids" int64 [B, S] (0 up to the first [SEP], 1 after) and "pair_label"
-    int64 [B] join it: "sop" swaps a and b in half of the rows (label 1), "nsp" takes b from another row in half of them (label 1).
-    Rows follow each other in the text and may run over the end of a document; the last, short one is dropped.
-    """
-
-    tokens: np.ndarray  # 1-D, memory-mapped
-    sequence_length: int
-    cls_id: int
-    sep_id: int
-    pair: Pair | None = None
-
-    def __len__(self) -> int:
-        return len(self.tokens) // (self.sequence_length - 2)
-
-    def with_pairs(self, pair: Pair | None) -> "TextSet":
-        """The same text in rows of sentence pairs."""
-        return replace(self, pair=pair)
-
-    def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
-        """See `wtn_pretrain.data.stream.Dataset`. Without seeds pairs are cut in the middle and in order."""
-        starts = indices * (self.sequence_length - 2)
-        if self.pair is not None:
-            return self._pairs(indices, starts, seeds)
-        rows = np.empty((len(indices), self.sequence_length), np.int64)
-        rows[:, 0], rows[:, -1] = self.cls_id, self.sep_id
-        rows[:, 1:-1] = self.tokens[starts[:, None] + np.arange(self.sequence_length - 2)]
-        return {"input_ids": torch.from_numpy(rows)}
-
-    def _pairs(self, indices: np.ndarray, starts: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
-        count, length = len(indices), self.sequence_length - 3
-        cuts, changed = np.full(count, length // 2), np.zeros(count, bool)
-        if seeds is not None:
-            cuts = 1 + np.floor(uniforms(seeds, _CUT, 1)[:, 0] * (length - 1)).astype(np.int64)
-            changed = uniforms(seeds, _ORDER, 1)[:, 0] < 0.5
-        first, a_starts, b_starts = cuts, starts, starts + cuts
-        if self.pair == "sop":
-            first = np.where(changed, length - cuts, cuts)
-            a_starts, b_starts = np.where(changed, b_starts, a_starts), np.where(changed, a_starts, b_starts)
-        elif seeds is not None:
-            if len(self) < 2:
-                raise UserError("pairs of kind nsp need two rows of text or more; give more text or a shorter data.sequence_length")
-            other = (indices + 1 + np.floor(uniforms(seeds, _OTHER, 1)[:, 0] * (len(self) - 1)).astype(np.int64)) % len(self)
-            b_starts = np.where(changed, other * (self.sequence_length - 2) + cuts, b_starts)
-        # position p of a row holds token p - 1 of a, or p - first - 2 of b
-        position = np.arange(self.sequence_length)[None, :]
-        in_b = position > first[:, None] + 1
-        source = np.where(in_b, b_starts[:, None] + position - first[:, None] - 2, a_starts[:, None] + position - 1)
-        separator = (position == first[:, None] + 1) | (position == self.sequence_length - 1)
-        special = separator | (position == 0)
-        rows = self.tokens[np.where(special, 0, source)].astype(np.int64)
-        rows[separator] = self.sep_id
-        rows[:, 0] = self.cls_id
-        return {
-            "input_ids": torch.from_numpy(rows),
-            "token_type_ids": torch.from_numpy(in_b.astype(np.int64)),
-            "pair_label": torch.from_numpy(changed.astype(np.int64)),
-        }
+Text = TextSet | PackedText | SentencePairs | Blend
+"""Any set of rows of text."""
 
 
 @dataclass(frozen=True)
 class TextSplits:
     """A training and a validation set with the tokenizer that made them."""
 
-    train: TextSet | PackedText
-    valid: TextSet | PackedText
+    train: Text
+    valid: Text
     tokenizer: "PreTrainedTokenizerBase"
 
 
@@ -167,6 +119,17 @@ def open_text(config: TextData, cache: Path) -> TextSplits:
 
     Raises a UserError for what is missing, no text, too short or does not fit together.
     """
+    if config.source == "corpus":
+        return TextSplits(
+            *open_corpora(
+                config.paths,
+                weights=config.weights,
+                valid_paths=config.valid_paths,
+                tokenizer=config.tokenizer,
+                sequence_length=config.sequence_length,
+                packing=config.packing,
+            )
+        )
     cache = Path(cache)
     given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     train, valid = _open_corpora(config)

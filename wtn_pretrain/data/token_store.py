@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -92,22 +92,31 @@ def read_key(cache: Path) -> str | None:
     return key if complete else None
 
 
-def build_once(cache: Path, key: str, build: Callable[[], dict[str, int]]) -> None:
+def build_once(
+    cache: Path,
+    key: str,
+    build: Callable[[], Mapping[str, Any]],
+    *,
+    name: str = "tokens.json",
+    read: Callable[[], str | None] | None = None,
+) -> None:
     """Makes sure that `cache` holds the store of `key`: rank 0 calls `build` where it does not, the others wait.
 
-    `build` returns what to note beside the key. A UserError of rank 0 is raised on every rank.
+    `build` returns what to note beside the key in the file `name`; `read` returns the key of a complete store or None (`read_key` if
+    not given). A UserError of rank 0 is raised on every rank.
     """
+    read = read or (lambda: read_key(cache))
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     problem: str | None = None
     if not distributed or torch.distributed.get_rank() == 0:
         try:
-            if read_key(cache) != key:
+            if read() != key:
                 cache.mkdir(parents=True, exist_ok=True)
-                (cache / "tokens.json").unlink(missing_ok=True)  # comes last, so that a broken-off build does not count
+                (cache / name).unlink(missing_ok=True)  # comes last, so that a broken-off build does not count
                 note = {"key": key, **build()}
-                partial = cache / f"tokens.json.{os.getpid()}.partial"
+                partial = cache / f"{name}.{os.getpid()}.partial"
                 partial.write_text(json.dumps(note, indent=1))
-                os.replace(partial, cache / "tokens.json")
+                os.replace(partial, cache / name)
         except (UserError, OSError) as error:
             problem = (
                 str(error) if isinstance(error, UserError) else f"{cache}: cannot be written ({error}); free space or choose another folder"
@@ -118,8 +127,8 @@ def build_once(cache: Path, key: str, build: Callable[[], dict[str, int]]) -> No
         problem = told[0]
     if problem is not None:
         raise UserError(problem)
-    if read_key(cache) != key:
-        raise UserError(f"{cache}: does not hold the tokens that rank 0 wrote; the run's folder must be one that all nodes share")
+    if read() != key:
+        raise UserError(f"{cache}: does not hold what rank 0 wrote; the folder must be one that all nodes share")
 
 
 def open_tokens(path: Path, vocab_size: int) -> np.ndarray:

@@ -1,5 +1,8 @@
 """WordPiece tokenizers: trained on the fly, or loaded from a folder."""
 
+import hashlib
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """The special tokens of a trained vocabulary; their ids are their positions here."""
 
 _ALPHABET_LIMIT = 1000
+_UNUSED = re.compile(r"\[unused ?\d+\]")
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool) -> "PreTrainedTokenizerBase":
@@ -123,6 +127,14 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, name
         )
 
 
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """128-bit hash, hexadecimal, of what decides which ids a text gets; whether it is cut or padded does not count."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    facts = {name: value for name, value in backend.items() if name not in ("version", "truncation", "padding")}
+    facts["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     """Token ids of each text without special tokens, neither cut nor padded; runs on all cores."""
     backend = tokenizer.backend_tokenizer
@@ -132,6 +144,19 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[
 
 
 def continuations(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
-    """Which ids continue a word (##): bool [len(tokenizer)]."""
+    """Which ids continue a word: bool [len(tokenizer)]. Those with ##, or, where the vocabulary marks the beginnings of words instead
+    (▁ of SentencePiece, Ġ of byte-level BPE), those without the mark that are no special tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    for mark in ("▁", "Ġ"):
+        if sum(token is not None and token.startswith(mark) for token in tokens) > 1:
+            return np.array(
+                [token is not None and not token.startswith(mark) and number not in special for number, token in enumerate(tokens)]
+            )
     return np.array([token is not None and token.startswith("##") for token in tokens])
+
+
+def unused_ids(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    """The ids of entries that only fill a vocabulary up, [unused0] and so on: int64."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return np.array([number for number, token in enumerate(tokens) if token is not None and _UNUSED.fullmatch(token)], np.int64)

@@ -201,10 +201,11 @@ def _per_batch(rows: int) -> int:
 
 
 def _joined(thin: BlockNetwork, pairing: Pairing) -> list[list[int]]:
-    """Unit boundaries in runs joined by identity skips."""
-    groups = [[0]]
+    """Unit boundaries in runs of one width joined by identity skips."""
+    groups, widths = [[0]], thin.widths()
     for unit in range(1, pairing.units + 1):
-        if thin.why_not_foldable(pairing.student[unit - 1]) is None:
+        below, above = pairing.student[unit - 1], pairing.student[unit]
+        if thin.why_not_foldable(below) is None or widths[below] != widths[above]:
             groups.append([])
         groups[-1].append(unit)
     return groups

@@ -17,7 +17,7 @@ from wtn_pretrain.errors import UserError
 _PROBES = 64
 """Samples that stand for the contents of a data set."""
 # how batches are prepared and what the head's loss is: neither reaches the teacher's activations
-_FREE = {"workers", "label_smoothing", "sizes"}
+_FREE = {"workers", "label_smoothing", "sizes", "lengths", "cache"}
 
 
 class Key(NamedTuple):

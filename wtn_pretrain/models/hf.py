@@ -1,11 +1,15 @@
 """Block networks from and to Hugging Face models; the renaming lives in each family's own `hf` module."""
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, families
+from wtn_pretrain.models.conversion import convert
 from wtn_pretrain.models.store import load_state
 
 if TYPE_CHECKING:
@@ -45,13 +49,21 @@ def from_hf(model: "PreTrainedModel") -> BlockNetwork:
     Raises:
         UserError: the architecture is not one that the block networks hold.
     """
+    config, state = from_hf_state(model.config, model.state_dict(), "teacher")
+    network = config.build()
+    load_state(network, state, "teacher")
+    return network.eval()
+
+
+def from_hf_state(hf: Any, theirs: Mapping[str, Tensor], source: str) -> tuple[BlockConfig, dict[str, Tensor]]:
+    """Shape and weights, under our names, of a Hugging Face configuration and state dict; nothing is computed.
+
+    Raises:
+        UserError: the architecture is not one that the block networks hold, or keys are missing, unexpected or of another shape.
+    """
     for family in families():
         adapter = _adapter(family)
-        if model.config.model_type in adapter.MODEL_TYPES:
-            config = adapter.shape(model)
-            network = config.build()
-            theirs = model.state_dict()
-            ours = {mine: theirs[name] for name, mine in adapter.names(config).items()}
-            load_state(network, ours, "teacher")
-            return network.eval()
-    raise UserError(f"teacher: no block network for Hugging Face's {model.config.model_type!r}; supported: bert, megatron-bert, resnet")
+        if hf.model_type in adapter.MODEL_TYPES:
+            config = adapter.shape(hf, theirs.keys())
+            return config, convert(adapter.canonical(theirs, config, source), adapter.names(config), config, source)
+    raise UserError(f"{source}: no block network for Hugging Face's {hf.model_type!r}; supported: bert, megatron-bert, resnet")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.teacher import adapted, wide_shape
 from wtn_pretrain.imitation.learner import zero_stage
 from wtn_pretrain.imitation.pairing import Pairing, pair
 from wtn_pretrain.imitation.plan import Plan, check, fingerprint, parse, read, single, write
@@ -121,8 +122,13 @@ def read_job(config: str, assignments: list[str]) -> Job:
     """The networks of a recipe; its data need not be there."""
     recipe = load_recipe(config, assignments)
     assumed: list[str] = []
+    if recipe.wide.teacher:
+        recipe = recipe.model_copy(update={"model": adapted(recipe.model, recipe.wide_model())})
     thin, length = _completed(recipe, assumed)
-    wide = thin.widen(recipe.widen.inner, recipe.widen.outer, recipe.widen.blocks or None)
+    if recipe.wide.teacher:
+        wide = wide_shape(thin, recipe.wide.teacher, recipe.wide.teacher_pickle)
+    else:
+        wide = thin.widen(recipe.widen.inner, recipe.widen.outer, recipe.widen.blocks or None)
     pairing = pair(thin, wide, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
     return Job(recipe, thin, wide, pairing, (flops(thin, length), flops(wide, length)), length, assumed)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from wtn_pretrain.data.lengths import Lengths, length_at
 from wtn_pretrain.data.stream import BatchStream, Dataset
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops
 
@@ -30,6 +31,8 @@ class Task(ABC):
     workers: int
     length: int | None = None
     """Of sequences; None for what is none."""
+    lengths: Lengths = ()
+    """Of the shorter sequences that come first."""
 
     @abstractmethod
     def complete(self, config: BlockConfig) -> BlockConfig:
@@ -65,6 +68,10 @@ class Task(ABC):
     def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
         """The training batches of a stage of `steps` steps; `settings` as `BatchStream` takes them."""
         return BatchStream(self.train, batch_size, workers=self.workers, **settings)
+
+    def step_length(self, step: int, steps: int) -> int | None:
+        """The length of the sequences of step number `step` (from 0) of `steps`."""
+        return None if self.length is None else length_at(self.lengths, self.length, step, steps)
 
     def step_flops(self, config: BlockConfig, step: int, steps: int) -> Flops:
         """As `forward_flops`, for a sample of step number `step` (from 0) of `steps`."""

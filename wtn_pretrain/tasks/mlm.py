@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wtn_pretrain.config import Section
+from wtn_pretrain.data.lengths import LengthenedStream, begins, length_at
 from wtn_pretrain.data.masking import IGNORED, MaskedText, Masker
 from wtn_pretrain.data.packing import PackedText
-from wtn_pretrain.data.stream import batches
+from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.data.text import TextData, open_text
+from wtn_pretrain.data.work import mean_work
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.bert.config import BertConfig
@@ -31,12 +35,14 @@ class MlmSection(Section):
     """Share of the tokens to predict; of them 80% are masked, 10% replaced, 10% kept."""
     whole_word: bool = False
     """Choose whole words instead of word pieces."""
+    span: int = Field(0, ge=0)
+    """Choose spans of up to so many whole words instead (Joshi et al. 2020: 10); 0: off."""
 
 
 class MlmTask(Task):
     """Predict masked tokens; the loss is the mean over them, plus the pair head's if there is one.
 
-    Training takes it over all ranks and micro-batches of a step, however unequally they share the hidden tokens (`terms`).
+    Training takes the mean over all hidden tokens of a step, however unequally rows, micro-batches and ranks share them (`terms`).
     """
 
     metric = Metric("masked accuracy", "%", True)
@@ -51,13 +57,18 @@ class MlmTask(Task):
             )
         splits = open_text(data, cache)
         self.tokenizer: PreTrainedTokenizerBase = splits.tokenizer
-        masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word)
-        train, valid = splits.train, splits.valid
-        if isinstance(train, PackedText):
-            _announce(train)
-        elif config.pair_head != "none" and not isinstance(valid, PackedText):
-            train, valid = train.with_pairs(config.pair_head), valid.with_pairs(config.pair_head)
-        self.train, self.valid = MaskedText(train, masker), MaskedText(valid, masker)
+        masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word, span=section.span)
+        if isinstance(splits.train, PackedText):
+            _announce(splits.train)
+
+        def masked(text: Any) -> MaskedText:
+            return MaskedText(text if config.pair_head == "none" else text.with_pairs(config.pair_head), masker)
+
+        self.train, self.valid = masked(splits.train), masked(splits.valid)
+        self.lengths = data.lengths
+        self._shorter = {
+            length: masked(open_text(data.model_copy(update={"sequence_length": length}), cache).train) for _, length in data.lengths
+        }
         self.length = data.sequence_length
         self.predictions = masker.slots(data.sequence_length)
         self.workers = data.workers
@@ -113,23 +124,51 @@ class MlmTask(Task):
     def save_preprocessing(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
+    def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
+        """The training batches of a stage of `steps` steps, of the lengths that `data.lengths` says; `settings` are those of
+        `BatchStream`."""
+        if not self.lengths:
+            return super().stream(batch_size, steps=steps, **settings)
+        phases = [(first, self._rows(length)) for first, length in begins(self.lengths, self.length, steps)]
+        return LengthenedStream(phases, batch_size, workers=self.workers, **settings)
+
     def forward_flops(self, config: BlockConfig) -> Flops:
         """Of what the training asks for: where rows hold whole documents, the mean over all rows, without padding and without attention
         from one document to another, whatever a kernel computes beside that."""
-        text = self.train.text
-        if not isinstance(text, PackedText):
-            return flops(config, self.length, positions=torch.zeros(1, self.predictions, dtype=torch.long, device="meta"))
-        layout = text.layout
-        tokens, pairs = float(layout.tokens().mean()), float(layout.pairs().mean())
-        predicted = float(self.train.masker.budgets(layout.words()).mean())
+        return _counted_once(self, config, self.length)
+
+    def step_flops(self, config: BlockConfig, step: int, steps: int) -> Flops:
+        """As `forward_flops`, for the rows of step number `step` (from 0) of a stage of `steps`."""
+        return _counted_once(self, config, length_at(self.lengths, self.length, step, steps))
+
+    def stage_flops(self, config: BlockConfig, steps: int) -> float:
+        """FLOPs of a forward pass of one sample, in the mean over a stage of `steps` steps."""
+        phases = [*begins(self.lengths, self.length, steps), (steps, 0)]
+        return sum(_counted_once(self, config, at).total * (end - first) for (first, at), (end, _) in pairwise(phases)) / steps
+
+    def _rows(self, length: int) -> MaskedText:
+        return self.train if length == self.length else self._shorter[length]
+
+    def count(self, config: BlockConfig, length: int) -> Flops:
+        """As `forward_flops`, for rows of `length` tokens."""
+        masked = self._rows(length)
+        work = mean_work(masked.text, length, masked.masker.budgets)
+        if work is None:
+            return flops(config, length, positions=torch.zeros(1, masked.masker.slots(length), dtype=torch.long, device="meta"))
         # a block's work is a n + b n^2 for n tokens, and the head's proportional to the positions
         positions = torch.zeros(1, 1, dtype=torch.long, device="meta")
-        one, two = (flops(config, length, positions=positions) for length in (1, 2))
+        one, two = (flops(config, count, positions=positions) for count in (1, 2))
         blocks = []
         for single, double in zip(one.blocks, two.blocks, strict=True):
             quadratic = (double - 2 * single) / 2
-            blocks.append(round((single - quadratic) * tokens + quadratic * pairs))
-        return Flops(one.stem, tuple(blocks), round(one.head * predicted))
+            blocks.append(round((single - quadratic) * work.tokens + quadratic * work.pairs))
+        return Flops(one.stem, tuple(blocks), round(one.head * work.predicted))
+
+
+@lru_cache(maxsize=32)
+def _counted_once(task: MlmTask, config: BlockConfig, length: int) -> Flops:
+    # asked for at every step, and counting takes a while
+    return task.count(config, length)
 
 
 def _announce(text: PackedText) -> None:

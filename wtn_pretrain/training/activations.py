@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,13 +58,14 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Within, running statistics of batch norms are copies: they have moved in the forward pass already."""
+    """Within, running statistics of batch norms are copies: they have moved in the forward pass already. Ranges of rounded inputs, which
+    decide what comes out, do not even move in the copy."""
     own: list[tuple[nn.Module, str, Tensor]] = [
         (module, name, buffer) for module in block.modules() for name, buffer in module._buffers.items() if buffer is not None
     ]
     for module, name, buffer in own:
         # not copied back afterwards: autograd has saved them, and refuses what has changed since
-        module._buffers[name] = buffer.clone()
+        module._buffers[name] = torch.zeros_like(buffer) if name == "observer_enabled" else buffer.clone()
     try:
         yield
     finally:

@@ -107,7 +107,7 @@ class _Training:
         beside = {"average": self.average} if self.average else {}
         self.checkpoints = Checkpoints(folder / "checkpoints", self.engine, network, place, identity=identity, beside=beside)
         self.start, self.spent = self.checkpoints.resume()
-        work = Work(place.world_size, task.length or 0, peak_flops(section.products), peak_memory)
+        work = Work(place.world_size, peak_flops(section.products), peak_memory)
         self.monitor = Monitor(folder, stage, section.steps, start=self.start, log_every=section.log_every, rank=place.rank, work=work)
 
     def go(self, departure: Departure | None) -> Trained:
@@ -138,7 +138,8 @@ class _Training:
                     _require_finite(float(sums["loss"]), gradient, self.stage, done, self.checkpoints.folder)
             # a backward pass costs twice a forward pass
             flops = 3 * self.task.step_flops(self.network.config, step, last).total * section.batch_size
-            self.monitor.step(done, {**sums, **told}, samples=section.batch_size, flops=flops)
+            tokens = self.task.step_length(step, last) or 0
+            self.monitor.step(done, {**sums, **told}, samples=section.batch_size, flops=flops, tokens=tokens)
             if section.evaluate_every and done % section.evaluate_every == 0 and done < last:
                 self.monitor.evaluated(done, self._evaluated())
             if saving:

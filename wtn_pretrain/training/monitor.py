@@ -25,8 +25,6 @@ class Work(NamedTuple):
     """What a stage's pace is told in, beside samples a second."""
 
     ranks: int = 1
-    tokens: int = 0
-    """Of one sample; 0 where samples are no sequences."""
     peak: float | None = None
     """FLOP/s that the device of a rank promises; None: not known."""
     memory: Callable[[], int] | None = None
@@ -82,14 +80,15 @@ class Monitor:
             self._bar = tqdm(total=steps, initial=start, desc=self._title, bar_format=shape, dynamic_ncols=True, file=sys.stderr)
         self._work = work or Work()
         self._settled = False
-        self._samples = 0  # since `_begin`, as are `_flops`, `_counted` steps and `_paused` seconds of validation
+        self._samples = 0  # since `_begin`, as are `_tokens`, `_flops`, `_counted` steps and `_paused` seconds of validation
+        self._tokens = 0
         self._flops = 0.0
         self._counted = 0
         self._paused = 0.0
         self._begin = self._last = time.perf_counter()
 
-    def step(self, step: int, scalars: Mapping[str, Any], samples: int, flops: float = 0.0) -> None:
-        """Report training step `step` (from 1), which took `samples` samples and `flops` of the model over all ranks.
+    def step(self, step: int, scalars: Mapping[str, Any], samples: int, flops: float = 0.0, tokens: int = 0) -> None:
+        """Report training step `step` (from 1), which took `samples` samples, of `tokens` each, and `flops` of the model over all ranks.
 
         `scalars` holds numbers, 0-dim tensors, strings such as `phase`, and `units`: the imitation error of each block, a
         list or a 1-dim tensor. Tensors are read only at the steps that are written, so other steps do not wait for the device.
@@ -98,6 +97,7 @@ class Monitor:
             return
         self._step, self._last = step, time.perf_counter()
         self._samples += samples
+        self._tokens += samples * tokens
         self._flops += flops
         self._counted += 1
         if self._bar is not None:
@@ -106,7 +106,7 @@ class Monitor:
             self._log(step, {name: _plain(value) for name, value in scalars.items()})
         if step == self._start + SETTLE:
             self._settled, self._begin = True, time.perf_counter()
-            self._samples, self._flops, self._counted, self._paused = 0, 0.0, 0, 0.0
+            self._samples, self._tokens, self._flops, self._counted, self._paused = 0, 0, 0.0, 0, 0.0
 
     def evaluated(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Report a validation result after training step `step`; the time it took is left out of the training rate."""
@@ -164,8 +164,8 @@ class Monitor:
     def _pace(self, seconds: float) -> dict[str, float]:
         """Figures of the steps since `_begin`, which took so many seconds; what the first steps do says nothing of FLOPs."""
         pace = {"rate": round(self._samples / seconds, 3)}
-        if self._work.tokens:
-            pace["tokens_rate"] = round(self._samples * self._work.tokens / seconds, 1)
+        if self._tokens:
+            pace["tokens_rate"] = round(self._tokens / seconds, 1)
         if self._flops and self._settled:
             # of the model alone: what is computed twice counts once
             pace["flops_rate"] = self._flops / seconds / self._work.ranks

@@ -57,7 +57,7 @@ def test_missing_or_empty_path(tmp_path: Path, source: str) -> None:
     ("settings", "message"),
     [
         ({"source": "idx"}, "path is missing, which source idx needs"),
-        ({"random_resized_crop": True, "size": 8}, "random_resized_crop needs size and source folder or datasets"),
+        ({"random_resized_crop": True, "size": 8}, "random_resized_crop needs size and source folder, datasets or tar"),
         ({"source": "folder", "path": "x", "crop_fraction": 0.875}, "crop_fraction needs size"),
         ({"channels": 2}, "channels"),
         ({"shfit": 2}, "did you mean shift"),

@@ -163,12 +163,12 @@ def test_pace_is_told_without_settling_and_validation(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    work = Work(ranks=2, tokens=128, peak=4e12, memory=lambda: 3 << 29)
+    work = Work(ranks=2, peak=4e12, memory=lambda: 3 << 29)
     with Monitor(tmp_path, "wide", 20, log_every=5, tensorboard=False, work=work) as monitor:
         for step in range(1, 21):
             clock[0] += 10.0 if step <= 5 else 0.5
             told = {"loss": 2.0, "lr": 1e-3, "grad_norm": math.inf if step == 10 else 0.25, "loss_scale": 1024.0, "skipped": step // 10}
-            monitor.step(step, told, samples=8, flops=2e12)
+            monitor.step(step, told, samples=8, flops=2e12, tokens=128)
             if step == 10:
                 clock[0] += 100.0
                 monitor.evaluated(step, {"loss": 1.0})

@@ -1,6 +1,10 @@
 """BERT in Hugging Face's names: post-LN is its `bert`, pre-LN its `megatron-bert`."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.bert.config import BertConfig
@@ -45,15 +49,17 @@ def empty(config: BertConfig) -> "PreTrainedModel":
     return (BertForMaskedLM if post else MegatronBertForMaskedLM)(hf_config)
 
 
-def shape(model: "PreTrainedModel") -> BertConfig:
-    """The shape of a Hugging Face model."""
-    hf = model.config
-    if hf.hidden_act != "gelu":
-        raise UserError(f"teacher: hidden_act {hf.hidden_act!r} is not supported, only 'gelu'")
-    if "ForMaskedLM" not in type(model).__name__ and "ForPreTraining" not in type(model).__name__:
-        raise UserError(
-            f"teacher: {type(model).__name__} has no masked-language-model head; load it as a ForMaskedLM or ForPreTraining model"
-        )
+def shape(hf: Any, keys: Collection[str]) -> BertConfig:
+    """The shape that a Hugging Face configuration tells, with the heads that the keys of the weights show.
+
+    Raises:
+        UserError: it tells of something that our BERT is not, or there is no masked-language-model head.
+    """
+    for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
+        if getattr(hf, key, wanted) != wanted:
+            raise UserError(f"teacher: {key} {getattr(hf, key)!r} is not supported, only {wanted!r}")
+    if not any(name.startswith("cls.predictions.transform.") for name in keys):
+        raise UserError("teacher: has no masked-language-model head (cls.predictions...); give a ForMaskedLM or ForPreTraining model")
     return BertConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -67,8 +73,33 @@ def shape(model: "PreTrainedModel") -> BertConfig:
         attention_dropout=hf.attention_probs_dropout_prob,
         layer_norm_eps=hf.layer_norm_eps,
         initializer_range=hf.initializer_range,
-        pair_head="nsp" if "ForPreTraining" in type(model).__name__ else "none",
+        pair_head="nsp" if "cls.seq_relationship.weight" in keys else "none",
     )
+
+
+def canonical(theirs: Mapping[str, Tensor], config: BertConfig, source: str) -> dict[str, Tensor]:
+    """The weights without what they say twice (a tied decoder, positions counted up) and with the names of today for old ones.
+
+    Raises:
+        UserError: the decoder differs from the word embedding: this BERT ties them.
+    """
+    result = {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): theirs[name] for name in theirs
+    }
+    ties = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+    for copy, name in ties.items():
+        tensor = result.pop(copy, None)
+        if tensor is not None and name not in result:
+            result[name] = tensor
+        elif tensor is not None and not torch.equal(tensor, result[name]):
+            raise UserError(f"{source}: {copy} is not {name}, and this BERT ties them; tie them in the model that you give")
+    counted = result.get("bert.embeddings.position_ids")
+    if counted is not None and torch.equal(counted.flatten(), torch.arange(config.max_positions)):
+        del result["bert.embeddings.position_ids"]
+    return result
 
 
 def names(config: BertConfig) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The shape of a ResNet."""
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
@@ -29,6 +30,9 @@ class ResNetConfig(BlockConfig):
     """Output channels of each stage (the carried width)."""
     inner_channels: tuple[int, ...] = ()
     """Channels inside the blocks of each stage (of the 3x3 convolution); empty: a quarter of `channels` in bottlenecks, else equal."""
+    shortcut: Literal["projection", "padding"] = "projection"
+    """Where width or resolution changes. projection: a 1x1 convolution; padding: every second pixel and channels of zeros around, without
+    parameters (He et al. 2016, option A), as CIFAR networks have it."""
     stem_channels: int = 64
     """Output channels of the stem."""
     image_channels: int = 0
@@ -64,6 +68,10 @@ class ResNetConfig(BlockConfig):
         for name in ("depths", "channels", "inner_channels"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {list(getattr(self, name))}; every stage needs at least 1")
+        if self.shortcut == "padding":
+            for before, after in pairwise((self.stem_channels, *self.channels)):
+                if after < before:
+                    raise ValueError(f"shortcut padding cannot go from {before} to {after} channels; use shortcut projection")
         if self.stem_channels < 1:
             raise ValueError(f"stem_channels is {self.stem_channels}; it must be at least 1")
         return self

@@ -1,6 +1,9 @@
 """ResNet in Hugging Face's names."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.resnet.config import ResNetConfig
@@ -15,6 +18,8 @@ def why_not(config: ResNetConfig) -> str | None:
     """None where Hugging Face has this architecture, else what it lacks."""
     if config.stem != "imagenet":
         return "its ResNet has no CIFAR stem"
+    if config.shortcut != "projection":
+        return "its ResNet has no shortcuts without parameters"
     quarter = 4 if config.block == "bottleneck" else 1
     if any(inner * quarter != outer for inner, outer in zip(config.inner_channels, config.channels, strict=True)):
         return "its ResNet has no inner-widened blocks"
@@ -39,23 +44,30 @@ def empty(config: ResNetConfig) -> "PreTrainedModel":
     )
 
 
-def shape(model: "PreTrainedModel", image_size: int = 224) -> ResNetConfig:
-    """The shape of a Hugging Face model; it does not say for which image size it was made."""
-    hf = model.config
+def shape(hf: Any, keys: Collection[str]) -> ResNetConfig:
+    """The shape that a Hugging Face configuration tells; it does not say for which image size it was made.
+
+    Raises:
+        UserError: it tells of something that our ResNet is not, or there is no classifier.
+    """
     for key, wanted in (("hidden_act", "relu"), ("downsample_in_first_stage", False), ("downsample_in_bottleneck", False)):
         if getattr(hf, key) != wanted:
             raise UserError(f"teacher: {key} {getattr(hf, key)!r} is not supported, only {wanted!r}")
-    if "ForImageClassification" not in type(model).__name__:
-        raise UserError(f"teacher: {type(model).__name__} has no classifier; load it as ResNetForImageClassification")
+    if not any(name.startswith("classifier.") for name in keys):
+        raise UserError("teacher: has no classifier; give a ResNetForImageClassification")
     return ResNetConfig(
         block=hf.layer_type,
         depths=tuple(hf.depths),
         channels=tuple(hf.hidden_sizes),
         stem_channels=hf.embedding_size,
         image_channels=hf.num_channels,
-        image_size=image_size,
         classes=hf.num_labels,
     )
+
+
+def canonical(theirs: Mapping[str, Tensor], config: ResNetConfig, source: str) -> dict[str, Tensor]:
+    """The weights as they are: they say nothing twice."""
+    return dict(theirs)
 
 
 def names(config: ResNetConfig) -> dict[str, str]:

@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wtn_pretrain.models.base import BlockNetwork, Carry, Taps
@@ -31,10 +32,22 @@ class ResNetStem(nn.Module):
         return Carry(self.pool(torch.relu(self.norm(self.conv(pixels)))))
 
 
+class PaddingShortcut(nn.Module):
+    """Every `stride`-th row and column, between channels of zeros, half of them on either side: [B, C, Y, X] -> [B, outputs, Y', X']."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.below = stride, (outputs - inputs) // 2
+        self.above = outputs - inputs - self.below
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.below, self.above))
+
+
 class ResNetBlock(nn.Module):
     """ReLU(shortcut(x) + residual(x)); the shortcut is the identity unless width or resolution changes."""
 
-    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, bottleneck: bool) -> None:
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int, bottleneck: bool, shortcut: str = "projection") -> None:
         super().__init__()
         if bottleneck:
             layers = [(_conv(inputs, inner, 1), inner), (_conv(inner, inner, 3, stride), inner), (_conv(inner, outputs, 1), outputs)]
@@ -42,8 +55,12 @@ class ResNetBlock(nn.Module):
             layers = [(_conv(inputs, inner, 3, stride), inner), (_conv(inner, outputs, 3), outputs)]
         self.convs = nn.ModuleList(conv for conv, _ in layers)
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _, width in layers)
-        self.shortcut: nn.Sequential | None = None
-        if stride != 1 or inputs != outputs:
+        self.shortcut: nn.Sequential | PaddingShortcut | None = None
+        if stride == 1 and inputs == outputs:
+            return
+        if shortcut == "padding":
+            self.shortcut = PaddingShortcut(inputs, outputs, stride)
+        else:
             self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, carry: Carry, taps: Taps | None = None) -> Carry:
@@ -81,7 +98,7 @@ class ResNetNetwork(BlockNetwork):
         for stage, (depth, inner, outer) in enumerate(zip(config.depths, config.inner_channels, config.channels, strict=True)):
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(ResNetBlock(width, inner, outer, stride, config.block == "bottleneck"))
+                blocks.append(ResNetBlock(width, inner, outer, stride, config.block == "bottleneck", config.shortcut))
                 width = outer
         self.blocks = nn.ModuleList(blocks)
         self.head = ResNetHead(config)
@@ -103,10 +120,11 @@ class ResNetNetwork(BlockNetwork):
         return [self.config.stem_channels, *per_block]
 
     def why_not_foldable(self, boundary: int) -> str | None:
-        if boundary < len(self.blocks) and self.blocks[boundary].shortcut is None:
+        if boundary < len(self.blocks) and not isinstance(self.blocks[boundary].shortcut, nn.Sequential):
             ends = list(accumulate(self.config.depths))
             stage = next(number for number, end in enumerate(ends, start=1) if boundary < end)
-            return f"the identity skip of block {boundary + 1} (stage {stage}) carries the unmerged feature map past its convolutions"
+            kind = "identity" if self.blocks[boundary].shortcut is None else "padded"
+            return f"the {kind} skip of block {boundary + 1} (stage {stage}) carries the unmerged feature map past its convolutions"
         return None
 
     def fold(self, boundary: int, matrix: Tensor) -> None:
@@ -119,7 +137,7 @@ class ResNetNetwork(BlockNetwork):
                 self.head.classifier.weight.copy_(self.head.classifier.weight @ matrix)
                 return
             block = self._typed_blocks()[boundary]
-            assert block.shortcut is not None
+            assert isinstance(block.shortcut, nn.Sequential)
             for conv in (block.convs[0], block.shortcut[0]):
                 weight = conv.get_parameter("weight")
                 weight.copy_(torch.einsum("ocyx,ci->oiyx", weight, matrix))

@@ -1,0 +1,221 @@
+"""Exports are held against the original, open in the tools of those who deploy, and one that misses is not left behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wtn_pretrain.data.images import ImageData
+from wtn_pretrain.data.text import TextData
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.card import Origin
+from wtn_pretrain.exchange.config import ExportSection
+from wtn_pretrain.exchange.foreign import open_foreign
+from wtn_pretrain.exchange.formats import FORMATS, holding
+from wtn_pretrain.exchange.onnx import open_onnx, write_onnx
+from wtn_pretrain.exchange.parity import parity, task_metric
+from wtn_pretrain.exchange.probes import probes
+from wtn_pretrain.exchange.write import export_network
+from wtn_pretrain.models import BertConfig, ResNetConfig
+from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.tasks.base import Task
+from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
+from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
+
+ORIGIN = Origin("a-run", "finetune", "masked accuracy (%)", {"finetune": {"metric": 12.5, "steps": 3}}, "run: {name: a-run}", "abc1234")
+BERT = BertConfig(hidden_size=16, heads=2, layers=2, max_positions=512, initializer_range=0.2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> MlmTask:
+    data = TextData(source="pydoc", vocab_size=200, sequence_length=16, limit_mb=0.05)
+    return MlmTask(MlmSection(), data, BERT, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def images() -> ClassifyTask:
+    return ClassifyTask(ClassifySection(), ImageData(source="digits"))
+
+
+def section(**changes: Any) -> ExportSection:
+    return ExportSection(**{"samples": 64, "calibration": 32, **changes})
+
+
+def made(task: Task, config: BertConfig | ResNetConfig) -> BlockNetwork:
+    torch.manual_seed(0)
+    network = task.complete(config).build()
+    for value in network.buffers():
+        if value.is_floating_point():
+            value.add_(0.2 * torch.rand_like(value))
+    return network.eval()
+
+
+GRID = [[count, length] for length in (1, 7, 128, 512) for count in (1, 3, 32)]
+
+
+@pytest.fixture(scope="module")
+def bert(text: MlmTask, tmp_path_factory: pytest.TempPathFactory) -> tuple[BlockNetwork, Path, dict[str, dict[str, Any]]]:
+    """A BERT with heads wider than its hidden size would give, in every format that can hold it."""
+    folder = tmp_path_factory.mktemp("bert")
+    network = made(text, BERT.model_copy(update={"heads": 4, "norm": "pre"}))
+    formats = ["hf", "onnx_fused", "torch_export", "onnx_int8_dynamic"]
+    return network, folder, export_network(network, text, formats, folder, section(int8_drop=100), ORIGIN)
+
+
+def test_an_inner_widened_bert_in_the_formats_that_hold_it(bert: tuple[BlockNetwork, Path, dict[str, dict[str, Any]]]) -> None:
+    _, folder, written = bert
+    assert "no inner-widened attention" in written["hf"]["refused"]
+    assert written["hf"]["refused"].endswith("these can: onnx, onnx_fused, onnx_int8, onnx_int8_dynamic, torch_export")
+    assert not (folder / "hf").exists()
+    for name, tolerance in (("onnx_fused", 1e-4), ("torch_export", 1e-5)):
+        assert json.loads((folder / name / "parity.json").read_text()) == written[name]
+        assert written[name]["difference"] <= tolerance == written[name]["tolerance"]
+        assert [shape["shape"] for shape in written[name]["shapes"]] == GRID
+        assert written[name]["metric_before"] == written[name]["metric_after"]
+    assert written["onnx_fused"]["operators"]["MultiHeadAttention"] == 2
+    assert written["onnx_fused"]["operators"]["BiasGelu"] == 3
+    assert written["onnx_fused"]["operators"]["SkipLayerNormalization"] >= 2
+    assert "Softmax" not in written["onnx_fused"]["operators"]
+
+
+def test_dynamic_int8_is_smaller_and_nearly_the_same(bert: tuple[BlockNetwork, Path, dict[str, dict[str, Any]]]) -> None:
+    found = bert[2]["onnx_int8_dynamic"]
+    assert found["operators"]["MatMulInteger"] >= 12
+    assert 0 < found["difference"] < 0.2
+    assert found["top1_agreement"] > 0.8
+    assert found["model_bytes"]["int8"] < 0.8 * found["model_bytes"]["fp32"]
+    assert found["latency_ms"].keys() == {"int8", "fp32"}
+    assert found["tolerance"] is None
+
+
+def test_a_bert_for_hugging_face_and_as_standard_onnx(text: MlmTask, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    network = made(text, BERT.model_copy(update={"pair_head": "nsp"}))
+    written = export_network(network, text, ["hf", "onnx"], tmp_path, section(shard="20KB", license="mit", opset=20), ORIGIN)
+    assert written["hf"]["difference"] <= 1e-5
+    assert written["onnx"]["difference"] <= 1e-4
+    assert [shape["shape"] for shape in written["hf"]["shapes"]] == GRID
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    back = open_foreign(tmp_path / "hf").network().state_dict()
+    assert all(torch.equal(value, back[name]) for name, value in network.state_dict().items())
+    opsets = {entry.domain: entry.version for entry in onnx.load(tmp_path / "onnx" / "model.onnx").opset_import}
+    assert opsets[""] == written["onnx"]["opset"] == 20
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for said in ("license: mit", "Go Wide, Then Narrow", "| finetune | 12.50 | 3 |", "abc1234", "run: {name: a-run}"):
+        assert said in card
+    hashes = written["hf"]["files"]
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {*hashes, "parity.json", "README.md"}
+    assert all(len(value) == 64 for value in hashes.values())
+    # the pipeline's answers are those of our network
+    sentence = f"the value of the {text.tokenizer.mask_token} is"
+    answers = pipeline("fill-mask", model=str(tmp_path / "hf"), device="cpu")(sentence)
+    inputs = text.tokenizer(sentence, return_tensors="pt")
+    with torch.no_grad():
+        logits = network(dict(inputs))[inputs["input_ids"] == text.tokenizer.mask_token_id]
+    best = logits.softmax(-1).topk(5)
+    assert [answer["token"] for answer in answers] == best.indices[0].tolist()
+    assert [answer["score"] for answer in answers] == pytest.approx(best.values[0].tolist(), rel=1e-4)
+
+
+CIFAR = ResNetConfig(block="basic", stem="cifar", channels=(4, 8), depths=(1, 1), stem_channels=4)
+
+
+def test_a_cifar_resnet_as_onnx_fp32_and_int8(images: ClassifyTask, tmp_path: Path) -> None:
+    network = made(images, CIFAR)
+    formats = ["hf", "timm", "onnx", "onnx_fused", "onnx_int8", "onnx_int8_dynamic"]
+    written = export_network(network, images, formats, tmp_path, section(int8_drop=100), ORIGIN)
+    for name in ("hf", "timm"):
+        assert "no CIFAR stem" in written[name]["refused"]
+    assert "made of convolutions" in written["onnx_int8_dynamic"]["refused"]
+    assert written["hf"]["refused"].endswith("these can: onnx, onnx_fused, onnx_int8, torch_export")
+    assert "FusedConv" in written["onnx_fused"]["operators"]
+    call = open_onnx(tmp_path / "onnx")
+    assert parity(network, call, [{"pixels": torch.randn(11, 1, 8, 8)}])["max_difference"] <= 1e-4
+    int8 = written["onnx_int8"]
+    assert int8["operators"]["QuantizeLinear"] > 5
+    assert 0 < int8["difference"] < 0.2
+    assert int8["top1_agreement"] > 0.8
+    # scales of the weights: one an output channel
+    scales = [value for value in onnx.load(tmp_path / "onnx_int8" / "model.onnx").graph.initializer if value.name.endswith("weight_scale")]
+    assert {tuple(value.dims) for value in scales} >= {(4,), (8,)}
+
+
+def test_weights_beside_the_graph(images: ClassifyTask, text: MlmTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as if 2 GiB had been passed
+    monkeypatch.setattr("wtn_pretrain.exchange.onnx.ONE_FILE", 0)
+    written = export_network(made(images, CIFAR), images, ["onnx", "onnx_fused", "onnx_int8"], tmp_path, section(int8_drop=100))
+    assert "model.onnx.data" in written["onnx"]["files"]
+    assert written["onnx"]["bytes"] > (tmp_path / "onnx" / "model.onnx.data").stat().st_size > 0
+    assert "model.onnx.data" in written["onnx_fused"]["files"]
+    written = export_network(made(text, BERT.model_copy(update={"layers": 1})), text, ["onnx_fused"], tmp_path, section())
+    assert "model.onnx.data" in written["onnx_fused"]["files"]
+    assert written["onnx_fused"]["difference"] <= 1e-4
+
+
+def test_int8_that_loses_too_much_is_not_written(images: ClassifyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = made(images, CIFAR)
+    real = task_metric
+    monkeypatch.setattr("wtn_pretrain.exchange.write.task_metric", lambda task, net, call, n: real(task, net, call, n) if call else 99.0)
+    with pytest.raises(UserError, match=r"onnx_int8 loses .* more than export.int8_drop 1; nothing was written; train with finetune.int8"):
+        export_network(network, images, ["onnx_int8"], tmp_path, section())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resnet_50_for_torchvision_and_timm(images: ClassifyTask, tmp_path: Path) -> None:
+    """The real shapes at 8 pixels; torchvision's and timm's own classes open it where they are installed, else it is read back."""
+    config = ResNetConfig(depths=(1, 1, 1, 1), inner_channels=(128, 256, 512, 1024), image_channels=1)
+    network = made(images, config)
+    written = export_network(network, images, ["torchvision", "timm"], tmp_path, section(samples=16))
+    assert "takes 3 channels" in written["torchvision"]["refused"]
+    assert written["timm"]["difference"] <= 1e-5
+    told = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert (told["architecture"], told["model_args"]) == ("resnet50", {"layers": [1, 1, 1, 1], "base_width": 128})
+    back = open_foreign(tmp_path / "timm").state
+    assert all(torch.equal(value, back[name]) for name, value in network.state_dict().items())
+    state = load_file(tmp_path / "timm" / "model.safetensors")
+    assert state["layer4.0.downsample.0.weight"].shape == (2048, 1024, 1, 1)
+    assert torch.equal(state["layer1.0.conv2.weight"], network.state_dict()["blocks.0.convs.1.weight"])
+    assert holding(config.model_copy(update={"image_channels": 3}))[-3:] == ["torchvision", "timm", "torch_export"]
+
+
+def test_an_export_that_misses_its_tolerance_leaves_the_one_before(images: ClassifyTask, tmp_path: Path) -> None:
+    network = made(images, CIFAR)
+    export_network(network, images, ["torch_export"], tmp_path, section())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "torch_export").iterdir()}
+    torch.nn.init.normal_(network.head.classifier.weight)
+    real = FORMATS["torch_export"]
+    wrong = real._replace(open=lambda job, folder: lambda inputs: real.open(job, folder)(inputs) + 1e-3)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="more than export.tolerance 1e-05; nothing was written"):
+        patch.setitem(FORMATS, "torch_export", wrong)
+        export_network(network, images, ["torch_export"], tmp_path, section())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "torch_export").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["torch_export"]
+
+
+@pytest.mark.parametrize("opset", [7, 99])
+def test_an_opset_that_cannot_express_the_network(opset: int, images: ClassifyTask, tmp_path: Path) -> None:
+    network = made(images, CIFAR)
+    with pytest.raises(UserError, match=r"export.opset.* set (it|export.opset) to \d+"):
+        write_onnx(network, tmp_path / "onnx", probes(images, network.config)[1], opset)
+
+
+def test_parity_sees_a_difference_and_a_nan() -> None:
+    network = CIFAR.model_copy(update={"image_channels": 1, "image_size": 8, "classes": 3}).build()
+    inputs = [{"pixels": torch.randn(2, 1, 8, 8)}]
+
+    def plus(value: float) -> Any:
+        def call(given: dict[str, Tensor]) -> Tensor:
+            return network(given) + value
+
+        return call
+
+    with torch.no_grad():
+        assert parity(network, plus(0.5), inputs)["max_difference"] == pytest.approx(0.5, abs=1e-5)
+        assert parity(network, plus(float("nan")), inputs)["max_difference"] > 1e30
+        assert parity(network, lambda given: -network(given), inputs)["top1_agreement"] < 1

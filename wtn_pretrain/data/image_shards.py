@@ -1,0 +1,191 @@
+"""Images in tar files, read where they lie: WebDataset's layout, or class folders in a tar.
+
+A sample is the members whose names are alike up to the first dot of the last part: an image, and its label in `.cls` (a number or a
+name) or in `.json` under "label" or "cls". Where no sample of the first shard has one, the folder that an image lies in is its class.
+"""
+
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from wtn_pretrain.data.faults import Faults
+from wtn_pretrain.data.image_files import SUFFIXES
+from wtn_pretrain.errors import UserError
+
+_HELD_OUT = ("valid", "val", "test")
+_LABELS = (".cls", ".json")
+_LARGEST_LABEL = 1 << 20
+
+
+@dataclass(frozen=True)
+class TarImages:
+    """Members of uncompressed tar files."""
+
+    shards: tuple[Path, ...]
+    shard: np.ndarray  # int32 [N]
+    offsets: np.ndarray  # int64 [N]: first byte of each image in its shard
+    sizes: np.ndarray  # int64 [N]
+    names: np.ndarray  # bytes [N]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def open(self, index: int) -> Image.Image:
+        with self.shards[self.shard[index]].open("rb") as file:
+            raw = os.pread(file.fileno(), int(self.sizes[index]), int(self.offsets[index]))
+        return Image.open(io.BytesIO(raw))
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.shard[index]]}, {os.fsdecode(self.names[index])}"
+
+
+class _Sample(NamedTuple):
+    shard: int
+    name: str
+    offset: int
+    size: int
+    label: Any  # int, str, or None where there is none
+
+
+def read_shards(
+    root: Path, classes: int | None, faults: Faults
+) -> tuple[TarImages, np.ndarray, TarImages | None, np.ndarray | None, tuple[str, ...]]:
+    """Training images and labels int64 [N] of the tar files below `root`, those of validation or None, and the class names in order.
+
+    Validation shards are those whose names, or whose folders' names, begin with valid, val or test. `root`/classes.txt, one name a
+    line, says the classes; else they are the names in training, or where labels are numbers as many as `classes` or the largest say.
+    """
+    shards = sorted(root.rglob("*.tar"))
+    if not shards:
+        packed = next((path for path in sorted(root.rglob("*.tar.*")) if path.suffix in (".gz", ".xz", ".bz2", ".zst")), None)
+        remedy = (
+            f"{packed.name} must be unpacked to .tar, as images are read from the middle"
+            if packed
+            else "data.path takes the folder of the shards"
+        )
+        raise UserError(f"{root}: no .tar files below it; {remedy}")
+    held_out = [any(part.startswith(_HELD_OUT) for part in shard.relative_to(root).parts) for shard in shards]
+    train = [shard for shard, held in zip(shards, held_out, strict=True) if not held]
+    valid = [shard for shard, held in zip(shards, held_out, strict=True) if held]
+    # shards may hold both, in folders of their own
+    samples, others = _divided(_samples(train, faults)), _samples(valid, faults)
+    if not samples[0]:
+        raise UserError(f"{root}: its training shards hold no labelled images; give an image and a .cls or .json of the same name")
+    names = _class_names(root, samples[0], classes)
+    known = {name: number for number, name in enumerate(names)}
+    found = _kept(tuple(train), samples[0], known, faults)
+    held = _kept(tuple(valid), others, known, faults) if valid else _kept(tuple(train), samples[1], known, faults)
+    return *found, *(held if len(held[0]) else (None, None)), names
+
+
+def _samples(shards: list[Path], faults: Faults) -> list[_Sample]:
+    found: list[_Sample] = []
+    by_folder: bool | None = None
+    for number, shard in enumerate(shards):
+        images, labels = _scan(shard, faults)
+        if by_folder is None and images:
+            by_folder = not labels
+        for key, (name, offset, size) in images.items():
+            label = PurePosixPath(name).parent.name or None if by_folder else labels.get(key)
+            if label is None:
+                faults.report("image without label", f"{shard}, {name}", "has no label (.cls or .json of the same name)")
+            else:
+                found.append(_Sample(number, name, offset, size, label))
+    return found
+
+
+def _scan(shard: Path, faults: Faults) -> tuple[dict[str, tuple[str, int, int]], dict[str, Any]]:
+    """Images (name, first byte, size) and labels of a shard, by sample."""
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, Any] = {}
+    end = shard.stat().st_size
+    position = 0
+    try:
+        with tarfile.open(shard, "r:") as archive, shard.open("rb") as file:
+            for member in archive:
+                position = member.offset
+                where = f"{shard}, {member.name}"
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
+                    faults.report("path outside the archive", where, "its path leads out of the archive")
+                    continue
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    faults.report("no plain file", where, "is a link, a device or sparse, which shards do not hold")
+                    continue
+                if member.offset_data + member.size > end:
+                    faults.report("truncated archive", f"{where}, byte {position}", "is cut off; the archive is truncated")
+                    break
+                suffix = path.suffix.lower()
+                key = str(path.parent / path.name.split(".")[0])
+                if suffix in SUFFIXES:
+                    images[key] = member.name, member.offset_data, member.size
+                elif suffix in _LABELS and suffix == path.name[path.name.index(".") :].lower():
+                    label = _label(os.pread(file.fileno(), min(member.size, _LARGEST_LABEL), member.offset_data), suffix)
+                    if label is not None:
+                        labels[key] = label
+            else:
+                # where members end, an archive that is whole has blocks of zeros
+                if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
+                    faults.report("truncated archive", f"{shard}, byte {archive.offset}", "has no end; the archive is truncated")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        faults.report("truncated archive", f"{shard}, after byte {position}", f"cannot be read on ({error})")
+    return images, labels
+
+
+def _label(raw: bytes, suffix: str) -> int | str | None:
+    try:
+        text = raw.decode().strip()
+        if suffix == ".json":
+            record = json.loads(text)
+            found = record.get("label", record.get("cls")) if isinstance(record, dict) else record
+            return found if isinstance(found, int | str) and not isinstance(found, bool) else None
+    except (UnicodeDecodeError, ValueError):
+        return None
+    return int(text) if text.lstrip("-").isdecimal() else text or None
+
+
+def _divided(samples: list[_Sample]) -> tuple[list[_Sample], list[_Sample]]:
+    """Samples of training and of validation, by the first folder of their names."""
+    held = [sample for sample in samples if "/" in sample.name and PurePosixPath(sample.name).parts[0].startswith(_HELD_OUT)]
+    if not held or len(held) == len(samples):
+        return samples, []
+    inside = {id(sample) for sample in held}
+    return [sample for sample in samples if id(sample) not in inside], held
+
+
+def _class_names(root: Path, samples: list[_Sample], classes: int | None) -> tuple[str, ...]:
+    listed = root / "classes.txt"
+    if listed.is_file():
+        names = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+        if len(set(names)) != len(names) or not names:
+            raise UserError(f"{listed}: names no class, or one twice; give one name a line")
+        return names
+    if all(isinstance(sample.label, int) for sample in samples):
+        return tuple(str(number) for number in range(classes or max(sample.label for sample in samples) + 1))
+    return tuple(sorted({str(sample.label) for sample in samples}))
+
+
+def _kept(shards: tuple[Path, ...], samples: list[_Sample], known: dict[str, int], faults: Faults) -> tuple[TarImages, np.ndarray]:
+    labels: list[int] = []
+    kept: list[_Sample] = []
+    for sample in samples:
+        label = sample.label if isinstance(sample.label, int) else known.get(sample.label, -1)
+        if not 0 <= label < len(known):
+            where = f"{shards[sample.shard]}, {sample.name}"
+            faults.report("unknown label", where, f"label {sample.label!r} is not among the {len(known)} classes")
+            continue
+        kept.append(sample)
+        labels.append(label)
+    columns = ([sample[place] for sample in kept] for place in (0, 2, 3))
+    shard, offsets, sizes = (np.array(values, np.int64) for values in columns)
+    names = np.array([os.fsencode(sample.name) for sample in kept])
+    return TarImages(shards, shard.astype(np.int32), offsets, sizes, names), np.array(labels, np.int64)

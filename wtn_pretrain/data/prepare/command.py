@@ -1,0 +1,213 @@
+"""The commands of tools/train_tokenizer.py and tools/preprocess_corpus.py."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wtn_pretrain.data.faults import Faults
+from wtn_pretrain.data.prepare.corpus import PARTS, Preparation, prepare_corpus
+from wtn_pretrain.data.prepare.sources import Reading, find_sources
+from wtn_pretrain.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def main(command: Callable[[Sequence[str]], str], arguments: Sequence[str] | None = None) -> int:
+    """Runs a command, prints what it says; the exit status, 2 after a mistake of the user's."""
+    try:
+        print(command(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train_tokenizer_command(arguments: Sequence[str]) -> str:
+    """Trains or converts a tokenizer and saves it; what it says at the end."""
+    parser = _parser(
+        "Train a tokenizer on text and save it as a folder that AutoTokenizer and data.tokenizer take.",
+        "python tools/train_tokenizer.py --out tok --algorithm wordpiece --vocab-size 30522 corpus/*.jsonl.zst\n"
+        "python tools/train_tokenizer.py --out tok --from-sentencepiece spiece.model",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--algorithm", choices=("wordpiece", "bpe", "unigram"), default="wordpiece", help="default wordpiece")
+    parser.add_argument("--vocab-size", type=_count, default=30522, metavar="N", help="entries; rounded up to --multiple (default 30522)")
+    parser.add_argument("--multiple", type=_count, default=64, metavar="N", help="pad the vocabulary to a multiple of N (default 64)")
+    parser.add_argument("--cased", action="store_true", help="keep case and accents")
+    parser.add_argument(
+        "--limit-mb", type=float, metavar="X", help="millions of characters to train on, spread over the files (default: all)"
+    )
+    parser.add_argument("--from-sentencepiece", type=Path, metavar="FILE", help="convert this .model instead of training")
+    options = parser.parse_args(arguments)
+    from wtn_pretrain.data.prepare.sentencepiece_model import read_sentencepiece
+    from wtn_pretrain.data.prepare.vocabulary import SourceText, train_tokenizer
+    from wtn_pretrain.data.token_store import save_tokenizer
+    from wtn_pretrain.data.tokenizer import load_tokenizer, tokenizer_hash
+
+    _free(options.out)
+    faults = Faults(options.faults)
+    if options.from_sentencepiece is not None:
+        tokenizer = read_sentencepiece(options.from_sentencepiece, options.multiple)
+    else:
+        limit = None if options.limit_mb is None else int(options.limit_mb * 1e6)
+        text = SourceText(tuple(find_sources(options.paths)), _reading(options), faults, limit)
+        tokenizer = train_tokenizer(options.algorithm, text, options.vocab_size, lowercase=not options.cased, multiple=options.multiple)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, options.out)
+    # what was written is what training will read
+    saved = load_tokenizer(options.out)
+    return "\n".join([f"{options.out}: {len(saved)} entries, hash {tokenizer_hash(saved)}", *_skipped(faults.state())])
+
+
+def preprocess_command(arguments: Sequence[str]) -> str:
+    """Prepares a corpus, or checks one; what it says at the end."""
+    parser = _parser(
+        "Turn raw text into token files (Megatron's .bin and .idx, with checksums) that data.source corpus reads.\n"
+        "Run the same command again to go on where it was broken off.",
+        "python tools/preprocess_corpus.py --tokenizer tok --out corpus wiki/*.txt.xz books.jsonl.zst\n"
+        "python tools/preprocess_corpus.py --tokenizer tok --out corpus --deduplicate --near-duplicates 0.8 datasets:NAME:CONFIG\n"
+        "python tools/preprocess_corpus.py --check corpus",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write")
+    parser.add_argument("--tokenizer", metavar="PATH", help="folder of a saved tokenizer, or a BERT vocab.txt")
+    parser.add_argument("--sentences", action="store_true", help="keep the bounds of sentences, for sentence pairs")
+    parser.add_argument("--deduplicate", action="store_true", help="drop documents that were there before")
+    parser.add_argument(
+        "--near-duplicates", type=float, metavar="S", help="drop documents that are S alike (Jaccard, by MinHash), such as 0.8"
+    )
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.05, metavar="F", help="part held out, by hash of the document (default 0.05)"
+    )
+    parser.add_argument("--licence", default="unknown", metavar="TEXT", help="licence of the text, for the card")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that tokenise (default: one a core)")
+    parser.add_argument("--record-seconds", type=float, default=15, metavar="S", help="how much a kill costs at most (default 15)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="read a prepared corpus whole and compare all checksums")
+    options = parser.parse_args(arguments)
+    if options.check is not None:
+        return _check(options.check)
+    if options.out is None or options.tokenizer is None:
+        raise UserError("--out and --tokenizer are needed; see --help")
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers}: is negative; give 0 for none beside this process, or more")
+    plan = Preparation(
+        tuple(options.paths),
+        options.out,
+        options.tokenizer,
+        _reading(options),
+        options.sentences,
+        options.deduplicate,
+        options.near_duplicates,
+        options.valid_fraction,
+        options.licence,
+        options.faults,
+        options.workers,
+        options.record_seconds,
+    )
+    with _Bar(options.quiet) as bar:
+        card = prepare_corpus(plan, bar)
+    return describe(options.out, card)
+
+
+def describe(out: Path, card: dict[str, Any]) -> str:
+    """A card in a few lines."""
+    lines = [f"{out}: {card['documents_read']} documents read, {card['characters']} characters"]
+    lines += [f"  {name}: {part['documents']} documents, {part['tokens']} tokens" for name, part in card["parts"].items()]
+    if any(card["duplicates"].values()):
+        lines.append("  duplicates dropped: {exact} exact, {near} near".format(**card["duplicates"]))
+    lines.append(f"  {card['seconds']} s, at most {card['peak_memory'] / 2**20:.0f} MiB in all processes")
+    return "\n".join([*lines, *_skipped(card["skipped"])])
+
+
+def _check(folder: Path) -> str:
+    from wtn_pretrain.data.token_corpus import read_card
+    from wtn_pretrain.data.token_files import open_token_file
+
+    card = read_card(folder)
+    for part in PARTS:
+        found = open_token_file(folder / part)
+        found.check()
+        told = {"documents": found.documents, "sequences": found.sequences, "tokens": len(found.tokens)}
+        if told != card["parts"][part]:
+            raise UserError(f"{folder / part}: holds {told}, its card says {card['parts'][part]}; prepare the corpus anew")
+    return f"{folder}: all checksums agree"
+
+
+def _parser(description: str, examples: str) -> Parser:
+    parser = Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files, globs or folders of .txt, .jsonl, .parquet (.gz .xz .bz2 .zst), or datasets:NAME[:CONFIG]",
+    )
+    parser.add_argument(
+        "--column", default="text", metavar="NAME", help="field of the text in JSON lines, Parquet and datasets (default text)"
+    )
+    parser.add_argument("--split", default="train", metavar="NAME", help="split of a datasets name (default train)")
+    parser.add_argument(
+        "--boundary",
+        choices=("auto", "blank", "line", "file"),
+        default="auto",
+        help="what ends a document in a text file (auto: <doc> lines, else the file)",
+    )
+    parser.add_argument("--max-document", type=float, default=64, metavar="MB", help="megabytes that a document may have (default 64)")
+    parser.add_argument(
+        "--faults", choices=("stop", "skip"), default="stop", help="stop at what cannot be read, or skip and count it (default stop)"
+    )
+    return parser
+
+
+def _reading(options: argparse.Namespace) -> Reading:
+    if not 0 < options.max_document < 1 << 14:
+        raise UserError(f"--max-document {options.max_document}: is not between 0 and {1 << 14} megabytes")
+    return Reading(options.column, options.boundary, int(options.max_document * 1e6), options.split)
+
+
+def _free(out: Path) -> None:
+    if out.exists() and not (out / "tokenizer_config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: holds something that is no tokenizer; choose another --out")
+
+
+def _skipped(state: dict[str, Any]) -> list[str]:
+    lines = []
+    for kind, count in state["counts"].items():
+        lines.append(f"  skipped: {kind}, {count} times, such as {state['examples'][kind][0]}")
+    return lines
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+class _Bar:
+    """A progress bar in bytes of input."""
+
+    def __init__(self, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(unit="B", unit_scale=True, disable=quiet, desc="preprocess")
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, consumed: int, total: int) -> None:
+        self._bar.total = total or None
+        self._bar.update(consumed - self._bar.n)

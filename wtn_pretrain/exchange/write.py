@@ -1,0 +1,145 @@
+"""Exporting: write beside the target, compare with the original, and only then switch it in."""
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.exchange.card import Origin, model_card
+from wtn_pretrain.exchange.config import ExportSection
+from wtn_pretrain.exchange.files import digest
+from wtn_pretrain.exchange.formats import FORMATS, Format, Job, holding, plain_onnx
+from wtn_pretrain.exchange.onnx import FILE, open_onnx, operators
+from wtn_pretrain.exchange.parity import Call, parity, task_metric
+from wtn_pretrain.exchange.probes import probes
+from wtn_pretrain.files import switch_folder, write_text
+from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.report.latency import measure_latency
+from wtn_pretrain.tasks.base import Task
+
+LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy")
+
+
+def export_network(
+    network: BlockNetwork, task: Task, formats: Iterable[str], folder: Path, section: ExportSection, origin: Origin | None = None
+) -> dict[str, dict[str, Any]]:
+    """Writes `network` (on the CPU, fp32) into `folder/FORMAT` for every format, with its certificate `parity.json`.
+
+    Returns:
+        For every format its certificate, or `{"refused": reason}` where the format has no such architecture.
+
+    Raises:
+        UserError: an export is further from the original than its tolerance; nothing of that format is left behind.
+    """
+    origin = origin or Origin()
+    network = network.cpu().float().eval()
+    job = Job(network, task, probes(task, network.config), section, folder / ".work")
+    before: dict[str, float | None] = {}
+
+    def metric_before() -> float | None:
+        # the same for all formats, and not asked for where all are refused
+        if "metric" not in before:
+            before["metric"] = task_metric(task, network, None, section.samples)
+        return before["metric"]
+
+    try:
+        return {name: _export(job, name, folder / name, origin, metric_before) for name in formats}
+    finally:
+        shutil.rmtree(job.work, ignore_errors=True)
+
+
+def _export(job: Job, name: str, target: Path, origin: Origin, metric_before: Callable[[], float | None]) -> dict[str, Any]:
+    form, config = FORMATS[name], job.network.config
+    reason = form.why_not(config)
+    if reason:
+        return {"refused": f"{name} cannot hold this network: {reason}; these can: {', '.join(holding(config))}"}
+    draft = target.with_name(target.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        form.write(job, draft)
+        call = form.open(job, draft)
+        job.task.save_preprocessing(draft)
+        certificate = _certificate(job, name, form, draft, call, origin, metric_before())
+        _require(certificate, name, job.section)
+        write_text(draft / "parity.json", json.dumps(certificate, indent=2) + "\n")
+        write_text(draft / "README.md", model_card(job.network, origin, job.section.license, certificate))
+        switch_folder(draft, target)
+    except OSError as error:
+        raise UserError(f"export: {target} cannot be written ({error}); free the disk or choose another folder") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return certificate
+
+
+def _certificate(job: Job, name: str, form: Format, draft: Path, call: Call, origin: Origin, metric_before: float | None) -> dict[str, Any]:
+    """What was found about an export."""
+    found = parity(job.network, call, job.probes)
+    tolerance = None if form.tolerance is None else job.section.tolerance or form.tolerance
+    files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
+    certificate: dict[str, Any] = {
+        "format": name,
+        "tolerance": tolerance,
+        # absolute below 1, a share of the largest logit above: fp32 rounds that far
+        "difference": found["max_difference"] / max(1.0, found["largest_logit"]),
+        **found,
+        "metric": job.task.metric.name,
+        "metric_before": metric_before,
+        "metric_after": task_metric(job.task, job.network, call, job.section.samples),
+        "metric_samples": job.section.samples or len(job.task.valid),
+        "opened_with": form.opened_with(),
+        "bytes": sum(path.stat().st_size for path in files),
+        "files": {str(path.relative_to(draft)): digest(path) for path in files},
+        "network": {"stage": origin.stage, "sha256": origin.weights, "shape": job.network.config.model_dump(mode="json")},
+        "versions": {"python": platform.python_version(), **{library: _installed(library) for library in LIBRARIES}},
+    }
+    if name.startswith("onnx"):
+        certificate |= {"opset": job.section.opset, "operators": operators(draft)}
+    if form.tolerance is None:
+        certificate |= _beside_fp32(job, draft, call)
+    return certificate
+
+
+def _beside_fp32(job: Job, draft: Path, call: Call) -> dict[str, Any]:
+    """Latency and size of an int8 export and of the same network in fp32, in one run."""
+    place = plain_onnx(job)
+    one = {key: value[:1] for key, value in max(job.probes, key=lambda probe: next(iter(probe.values())).shape[1]).items()}
+    timed = {
+        word: measure_latency(partial(run, one), repeats=30, warmup=5)["p50_ms"]
+        for word, run in (("int8", call), ("fp32", open_onnx(place)))
+    }
+    sizes = {word: (folder / FILE).stat().st_size for word, folder in (("int8", draft), ("fp32", place))}
+    return {"latency_ms": timed, "latency_shape": list(next(iter(one.values())).shape), "model_bytes": sizes}
+
+
+def _require(certificate: dict[str, Any], name: str, section: ExportSection) -> None:
+    """Refuses an export that misses what it is held to."""
+    tolerance = certificate["tolerance"]
+    if tolerance is not None:
+        if not certificate["difference"] <= tolerance:
+            raise UserError(
+                f"export: {name} logits differ from the original's by {certificate['max_difference']:.1e} (largest logit "
+                f"{certificate['largest_logit']:.3g}), more than export.tolerance {tolerance:.0e}; nothing was written"
+            )
+        return
+    before, after = certificate["metric_before"], certificate["metric_after"]
+    if before is not None and after is not None and not before - after <= section.int8_drop:
+        raise UserError(
+            f"export: {name} loses {before - after:.2f} points of {certificate['metric']} ({before:.2f} to {after:.2f}), more than "
+            f"export.int8_drop {section.int8_drop:g}; nothing was written; train with finetune.int8, or calibrate on more samples"
+        )
+
+
+def _installed(library: str) -> str:
+    if library == "torch":
+        return torch.__version__
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
