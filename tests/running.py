@@ -19,6 +19,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from wtn_pretrain.config import validate
+from wtn_pretrain.parallel.launch import Place
+from wtn_pretrain.parallel.preemption import Notice
+from wtn_pretrain.recipe import Recipe
+from wtn_pretrain.stages import Stages
+
 ROOT = Path(__file__).resolve().parents[1]
 
 BERT: dict[str, Any] = {
@@ -81,6 +87,12 @@ def recipe(base: Mapping[str, Any], changes: Mapping[str, Any] | None = None) ->
 def write_recipe(path: Path, tree: Mapping[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(dict(tree), sort_keys=False), encoding="utf-8")
     return path
+
+
+def stages_here(tree: Mapping[str, Any]) -> Stages:
+    """A run in this process, which goes on listening to its own signals."""
+    with contextlib.closing(Notice()) as notice:
+        return Stages(validate(Recipe, dict(tree)), Place(0, 1), notice)
 
 
 def compiled(op: str) -> bool:

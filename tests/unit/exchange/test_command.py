@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 
 import wtn_pretrain
-from tests.running import RESNET, ROOT, environment, recipe, weights
-from wtn_pretrain.config import validate
+from tests.running import RESNET, ROOT, environment, recipe, stages_here, weights
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.command import export_run
-from wtn_pretrain.parallel.launch import Place
-from wtn_pretrain.recipe import Recipe, load_recipe
-from wtn_pretrain.stages import Stages, open_task
+from wtn_pretrain.recipe import load_recipe
+from wtn_pretrain.stages import open_task
 from wtn_pretrain.tasks.base import evaluate
 
 SHAPE = {"family": "resnet", "block": "basic", "stem_channels": 4, "channels": [4, 8], "depths": [1, 1]}
@@ -39,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, one_rank: None) -> Path:
         "finetune.checkpoint_every": 2,
         "finetune.ema": 0.5,
     }
-    stages = Stages(validate(Recipe, recipe(RESNET, changes)), Place(0, 1))
+    stages = stages_here(recipe(RESNET, changes))
     stages.wide()
     stages.narrow(0)
     stages.finetune(0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from tests.running import BERT, RESNET, recipe
+from tests.running import BERT, RESNET, recipe, stages_here
 from wtn_pretrain.config import validate
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.errors import UserError
@@ -20,7 +20,6 @@ from wtn_pretrain.method import run_method
 from wtn_pretrain.models import BertConfig, BlockNetwork, ResNetConfig
 from wtn_pretrain.models.hf import to_hf
 from wtn_pretrain.models.store import load_network, save_network
-from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.recipe import Recipe
 from wtn_pretrain.stages import Stages, open_task
 from wtn_pretrain.tasks.base import evaluate
@@ -31,7 +30,7 @@ FEW = {"narrow.steps": 6, "finetune.steps": 6, "narrow.micro_batch_size": 0}
 
 def stages(folder: Path, base: dict[str, Any], changes: dict[str, Any]) -> Stages:
     tree = recipe(base, {"run.folder": str(folder / "runs"), **FEW, **changes})
-    return Stages(validate(Recipe, tree), Place(0, 1))
+    return stages_here(tree)
 
 
 def refused(folder: Path, base: dict[str, Any], changes: dict[str, Any]) -> str:
@@ -172,7 +171,10 @@ sys.stdin.read()
 def test_the_run_is_held_while_a_teacher_comes_in(tmp_path: Path, one_rank: None) -> None:
     teacher = digits((8, 16), 8)
     save_network(tmp_path / "teacher", teacher.config, teacher.state_dict())
-    run = stages(tmp_path, RESNET, {"widen": None, "wide.teacher": str(tmp_path / "teacher")})
+    changes = {"widen": None, "wide.teacher": str(tmp_path / "teacher")}
+    # the first start holds the run it has made until it is gone
+    stages(tmp_path, RESNET, changes)
+    run = stages(tmp_path, RESNET, changes)
     call = [sys.executable, "-c", HOLD, str(run.folder.path / ".lock")]
     with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"

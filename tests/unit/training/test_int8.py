@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from tests.running import BERT as TEXT
-from tests.running import RESNET, equal_bits, losses, recipe, weights
+from tests.running import RESNET, equal_bits, losses, recipe, stages_here, weights
 from wtn_pretrain.config import validate
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models import BertConfig, BlockNetwork, ResNetConfig
 from wtn_pretrain.models.store import load_network, save_network
-from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.recipe import Recipe
 from wtn_pretrain.stages import Stages
 from wtn_pretrain.training.int8 import MARK, fake_quantise, rounded, without_ranges
@@ -73,7 +72,7 @@ def test_stage_3_leaves_a_plain_network_and_resumes_bit_by_bit(tmp_path: Path, o
             "run.folder": str(tmp_path), "run.name": name, "finetune.int8": True, "finetune.steps": 6, "finetune.batch_size": 32,
             "finetune.checkpoint_every": 3, "compare.scratch": False,
         }  # fmt: skip
-        run = Stages(validate(Recipe, recipe(RESNET, changes)), Place(0, 1))
+        run = stages_here(recipe(RESNET, changes))
         torch.manual_seed(1)
         network = run.thin.build()
         save_network(run.folder.stage("narrow"), run.thin, network.state_dict())
@@ -102,7 +101,7 @@ def test_zero_and_recomputing_change_nothing(base: dict[str, Any], tmp_path: Pat
         "divided-as-well": {"finetune.deepspeed": "ds_configs/zero3.json", "finetune.checkpoint_activations": True},
     }.items():
         few = {"run.folder": str(tmp_path), "run.name": name, "finetune.int8": True, "finetune.steps": 4, "narrow.steps": 4}
-        run = Stages(validate(Recipe, recipe(base, {**few, **changes})), Place(0, 1))
+        run = stages_here(recipe(base, {**few, **changes}))
         torch.manual_seed(1)
         save_network(run.folder.stage("narrow"), run.thin, run.thin.build().state_dict())
         score = run.finetune(0)
