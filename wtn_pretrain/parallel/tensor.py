@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wtn_pretrain.device import device
+from wtn_pretrain.kernels.dropout import Dropout
 
 SEQUENCE = 1
 """The axis of positions."""
@@ -126,7 +127,7 @@ class SharedNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self._ranks.shared(self.weight), self._ranks.shared(self.bias), self.eps)
 
 
-class PartDropout(nn.Dropout):
+class PartDropout(Dropout):
     """Dropout of a hidden state of which each rank may have a part."""
 
     def __init__(self, dropout: nn.Dropout, ranks: Ranks) -> None:

@@ -22,11 +22,12 @@ def as_before() -> Iterator[None]:
     use(before)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_on_the_cpu_torch_is_live(kernels: str) -> None:
+@pytest.mark.parametrize(("kernels", "dropout"), [("auto", "sfc64"), ("torch", "torch")])
+def test_on_the_cpu_torch_is_live(kernels: str, dropout: str) -> None:
     choice = choose(kernels, CPU)
     assert list(choice.operations) == list(OPERATIONS)
-    assert {implementation.name for implementation in choice.operations.values()} == {"torch", "sdpa"}
+    assert {implementation.name for operation, implementation in choice.operations.items() if operation != "dropout"} == {"torch", "sdpa"}
+    assert choice.operations["dropout"].name == dropout
     line = choice.describe()
     assert line.startswith(f"kernels {kernels} on cpu: bias_gelu torch, ") and "\n" not in line
     assert all(operation in line for operation in OPERATIONS)
