@@ -101,10 +101,16 @@ def compiled(op: str) -> bool:
     if os.environ.get("WTN_COMPILE"):
         return True
     found = importlib.util.find_spec("deepspeed")
-    here = str(Path(found.origin).parent) if found and found.origin else ""
+    if found is None or found.origin is None:
+        return False
+    here, installed = str(Path(found.origin).parent), Path(found.origin).stat().st_ctime
     builds = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")).rglob(f"{op}*.so")
-    # another environment's sources are newer or older: it would be built again
-    return any(here in (built.parent / "build.ninja").read_text() for built in builds if (built.parent / "build.ninja").exists())
+    # what was built of another environment's sources, or before these were installed, would be built again
+    return any(
+        here in (built.parent / "build.ninja").read_text() and built.stat().st_mtime > installed
+        for built in builds
+        if (built.parent / "build.ninja").exists()
+    )
 
 
 def free_port() -> int:
