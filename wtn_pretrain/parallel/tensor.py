@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wtn_pretrain.device import device
 from wtn_pretrain.kernels.dropout import Dropout
+from wtn_pretrain.kernels.linear import linear
 
 SEQUENCE = 1
 """The axis of positions."""
@@ -98,7 +99,7 @@ class ColumnLinear(nn.Module):
         self.bias = _shard(linear.bias, 0, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -112,7 +113,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # the bias once, not once a rank
-        return self._ranks.leave(F.linear(x, self.weight)) + self._ranks.shared(self.bias)
+        return self._ranks.leave(linear(x, self.weight)) + self._ranks.shared(self.bias)
 
 
 class SharedNorm(nn.LayerNorm):
