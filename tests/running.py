@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,15 @@ class Started:
                 raise AssertionError(f"no {name} in {timeout} s\n{self.stderr()[-4000:]}")
             time.sleep(0.01)
         return json.loads(path.read_text())
+
+
+def reached(started: Started, stage: Path, step: int, when: Callable[[], bool] = lambda: True, timeout: float = 90) -> None:
+    """Waits until a stage has logged a step, and `when` holds."""
+    deadline = time.monotonic() + timeout
+    while max(steps_logged(stage), default=0) < step or not when():
+        assert not started.ended(), started.stderr()[-4000:]
+        assert time.monotonic() < deadline, f"step {step} was not logged in {timeout} s\n{started.stderr()[-4000:]}"
+        time.sleep(0.005)
 
 
 class Forge:

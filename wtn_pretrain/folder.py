@@ -88,7 +88,7 @@ class RunFolder:
 
 # where a run lies, how it looks, saves, is laid out over ranks and exported may change from one start to the next; what it computes may not
 _FREE = re.compile(
-    r"run\.(folder|kernels|time_limit)|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every|patience)"
+    r"run\.(folder|kernels|time_limit)|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every|patience|max_skipped)"
     r"|(wide|finetune)\.(deepspeed|micro_batch_size|tensor_parallel|sequence_parallel|checkpoint_activations|compile)"
     r"|narrow\.(plan|in_flight|trace|offload|offload_batches)"
 )

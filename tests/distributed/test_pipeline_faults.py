@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.imitating import OUTER, SGD, Imitations, apart, losses_apart
-from tests.running import BERT, RESNET, Started, command, contents, environment, equal_bits, error_lines, start, steps_logged
+from tests.running import BERT, RESNET, Started, command, contents, environment, equal_bits, error_lines, reached, start, steps_logged
 from wtn_pretrain.imitation.plan import Plan, Span, parse, write
 from wtn_pretrain.parallel.watch import CONTINUES, CULPRIT_EXIT
 
@@ -25,15 +25,6 @@ SPANS = {**LONG, "narrow.plan": "0-1,2-3"}
 ZERO_1 = {"narrow.deepspeed": "ds_configs/zero1.json"}
 REPLICAS = {**LONG, **ZERO_1, "narrow.plan": "0-3x2"}
 BOTTOM_UP = {**SGD, "narrow.schedule": "bottom_up", "narrow.steps": 60, "narrow.checkpoint_every": 20}
-
-
-def reached(started: Started, stage: Path, step: int) -> None:
-    """Waits until a stage has logged a step."""
-    deadline = time.monotonic() + 90
-    while max(steps_logged(stage), default=0) < step:
-        assert not started.ended(), started.stderr()[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def killed_at(imitations: Imitations, config: Path, step: int, ranks: int, *overrides: str) -> None:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -222,7 +222,7 @@ def no_room(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [0, 300, 700], ids=["nothing", "half a part", "the part, not the manifest"])
-def test_a_full_disk_leaves_the_old_one(size: int, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_one(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = Writer(tmp_path, Place(0, 1), 1)
     writer.start(*described(3))
     writer.wait()
@@ -230,15 +230,35 @@ def test_a_full_disk_leaves_the_old_one(size: int, tmp_path: Path) -> None:
     assert 300 < (tmp_path / "step3" / PART).stat().st_size < 700 < (tmp_path / "step3" / MANIFEST).stat().st_size
     with no_room(size):
         writer.start(*described(4))
-        with pytest.raises(UserError, match=r"cannot be written \(.*the checkpoint before it is kept"):
-            writer.wait()
+        writer.wait()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written (" in line and line.endswith(
+        "; the checkpoint before it is kept, and the training goes on to the next one (the first)"
+    )
     assert [step for step, _ in checkpoints_in(tmp_path)] == [3]
     assert contents(tmp_path / "step3") == before
     assert (tmp_path / "latest").read_text() == "step3\n"
     # once there is room it goes on
     writer.start(*described(5))
-    writer.close()
+    writer.wait()
     assert [step for step, _ in checkpoints_in(tmp_path)] == [5]
+    # the last one has to succeed
+    with no_room(size):
+        writer.start(*described(6))
+        with pytest.raises(UserError, match=r"cannot be written \(.*the checkpoint before it is kept"):
+            writer.close()
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [5]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_failed_does_not_count_among_the_last_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = Writer(tmp_path, Place(0, 1), 2)
+    for step, room in ((1, None), (2, None), (3, 0), (4, 0), (5, None)):
+        with no_room(room) if room is not None else nullcontext():
+            writer.start(*described(step))
+            writer.wait()
+    writer.close()
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [5, 2]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -246,7 +266,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "checkpoints", Place(0, 1), 1)
     writer.start(*described(1))
     with pytest.raises(UserError, match="checkpoints.*cannot be written"):
-        writer.wait()
+        writer.close()
 
 
 def verified(path: Path) -> subprocess.CompletedProcess[str]:

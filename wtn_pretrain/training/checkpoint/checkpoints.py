@@ -94,9 +94,6 @@ class Checkpoints:
 
         Args:
             seconds: wall time of the training so far.
-
-        Raises:
-            UserError: the save before this one could not be written; the checkpoint before that is kept.
         """
         began = time.monotonic()
         # there is never more than one copy in host memory
@@ -130,11 +127,15 @@ class Checkpoints:
         self._writer.start(manifest, tensors)
         return Saved(time.monotonic() - began, sum(value.nbytes for value in tensors.values()))
 
+    def settle(self) -> None:
+        """Returns when this rank has written what was begun, or could not; once all ranks have, it is the newest."""
+        self._writer.wait()
+
     def close(self) -> None:
-        """Returns when this rank has written all that it has to.
+        """Returns when all ranks have written all that they have to.
 
         Raises:
-            UserError: the last save could not be written.
+            UserError: the last save could not be written; the checkpoint before it is kept.
         """
         self._writer.close()
 

@@ -1,6 +1,8 @@
 """Writing a checkpoint beside the training: every rank its part, and the last one to finish makes it count."""
 
+import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +12,9 @@ from torch import Tensor
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import switch_folder, write_beside, write_text
 from wtn_pretrain.parallel.launch import Place, shared_store
+from wtn_pretrain.training.checkpoint.endings import Ending, Endings
 from wtn_pretrain.training.checkpoint.manifest import LATEST, Manifest, checkpoints_in, part_of, write_manifest
+from wtn_pretrain.training.monitor import say
 
 _KEPT = "the checkpoint before it is kept"
 
@@ -18,7 +22,8 @@ _KEPT = "the checkpoint before it is kept"
 class Writer:
     """Writes checkpoints into `folder` in a thread of its own, one at a time.
 
-    Every rank must make one, and start the same writes in the same order; none waits for another.
+    Every rank must make one, and start the same writes in the same order; none waits for another before the end. A write that fails is
+    said, and leaves what was there before.
     """
 
     def __init__(self, folder: Path, place: Place, keep: int) -> None:
@@ -26,6 +31,7 @@ class Writer:
         self.folder = folder
         self._place, self._keep = place, keep
         self._store = shared_store(place)
+        self._endings = Endings(self._store)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._steps: list[int] = []
@@ -49,57 +55,97 @@ class Writer:
         """
         self.wait()
         self._steps.append(manifest.step)
-        self._writing = self._thread.submit(self._write, manifest, tensors, set(self._steps[-self._keep :]))
+        self._writing = self._thread.submit(self._write, self._endings.begin(), manifest, tensors, list(self._steps))
 
     def wait(self) -> None:
-        """Returns when this rank has written what was begun.
+        """Returns when this rank has written what was begun, or could not."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+        for ending in self._endings.news():
+            self._say(ending)
+
+    def close(self) -> None:
+        """Returns when all ranks have written what was begun.
 
         Raises:
-            UserError: it could not be written; the checkpoint before it is kept.
+            UserError: the last checkpoint could not be written; the one before it is kept.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-
-    def close(self) -> None:
-        """`wait`, for the last time."""
-        self.wait()
         self._thread.shutdown()
+        last = self._endings.last(self._say)
+        if last and last.problem:
+            raise UserError(f"{last.problem}; {_KEPT}")
 
-    def _write(self, manifest: Manifest, tensors: dict[str, Tensor], kept: set[int]) -> None:
+    def _say(self, ending: Ending) -> None:
+        if ending.problem:
+            failed = f"{self._endings.failed} so far" if self._endings.failed > 1 else "the first"
+            say(f"{ending.problem}; {_KEPT}, and the training goes on to the next one ({failed})")
+
+    def _write(self, number: int, manifest: Manifest, tensors: dict[str, Tensor], steps: list[int]) -> None:
         step = manifest.step
         draft = self.folder / f".step{step}.part"
+        problem, share = self._tried(step, lambda: self._share(draft, manifest, tensors))
+        shares = self._all_of(number, problem, share)
+        if shares is None:
+            return
+        problem = next((theirs for theirs, _ in shares if theirs), "")
+        if not problem:
+            everything = _joined([Manifest.model_validate_json(share) for _, share in shares])
+            problem, _ = self._tried(step, lambda: self._switch_in(draft, everything))
+        if problem:
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            self._remove_old(step, set([one for one in steps if one not in self._endings.lost(number)][-self._keep :]))
+        self._endings.tell(number, Ending(step, problem))
+
+    def _tried(self, step: int, work: Callable[[], str]) -> tuple[str, str]:
+        """Why `work` could not be done, if so, and what it gives."""
         try:
-            if tensors:
-                write_beside(draft / self.part, lambda path: save_file(tensors, path))
-                manifest = manifest.model_copy(update={"parts": {self.part: part_of(draft / self.part)}})
-            everything = self._all_of(manifest)
-            if everything is None:
-                return
-            write_manifest(draft, everything)
-            switch_folder(draft, self.folder / f"step{step}")
-            write_text(self.folder / LATEST, f"step{step}\n")
+            return "", work()
         except OSError as error:
-            raise UserError(f"{self.folder}: checkpoint of step {step} cannot be written ({error.strerror}); {_KEPT}") from None
+            return f"{self.folder}: checkpoint of step {step} cannot be written ({error.strerror})", ""
         except UserError as error:
-            raise UserError(f"{error}; {_KEPT}") from None
+            return str(error), ""
+
+    def _share(self, draft: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> str:
+        """Writes this rank's part; what it has to say of it."""
+        if tensors:
+            write_beside(draft / self.part, lambda path: save_file(tensors, path))
+            manifest = manifest.model_copy(update={"parts": {self.part: part_of(draft / self.part)}})
+        return manifest.model_dump_json()
+
+    def _switch_in(self, draft: Path, manifest: Manifest) -> str:
+        write_manifest(draft, manifest)
+        switch_folder(draft, self.folder / f"step{manifest.step}")
+        write_text(self.folder / LATEST, f"step{manifest.step}\n")
+        return ""
+
+    def _remove_old(self, step: int, kept: set[int]) -> None:
         for other, path in checkpoints_in(self.folder):
             # those of later steps were damaged, and stand there until the training has come to them again
             if other < step and other not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _all_of(self, manifest: Manifest) -> Manifest | None:
-        """What all ranks have written of a checkpoint, for the last one to say so; None for the others."""
-        keys = [f"{manifest.step}-{rank}" for rank in range(self._place.world_size)]
-        self._store.set(keys[self._place.rank], manifest.model_dump_json())
-        if self._store.add(str(manifest.step), 1) < self._place.world_size:
+    def _all_of(self, number: int, problem: str, share: str) -> list[tuple[str, str]] | None:
+        """The problems and shares of all ranks in a write, for the last one to say so; None for the others."""
+        keys = [f"{number}-{rank}" for rank in range(self._place.world_size)]
+        self._store.set(keys[self._place.rank], json.dumps((problem, share)))
+        if self._store.add(str(number), 1) < self._place.world_size:
             return None
-        shares = [Manifest.model_validate_json(self._store.get(key)) for key in keys]
+        shares = [json.loads(self._store.get(key)) for key in keys]
         for key in keys:
             self._store.delete_key(key)
-        return shares[0].model_copy(
-            update={
-                name: {key: value for share in shares for key, value in getattr(share, name).items()}
-                for name in ("parameters", "others", "parts")
-            }
-        )
+        return shares
+
+
+def _joined(shares: list[Manifest]) -> Manifest:
+    """What all ranks have written of a checkpoint."""
+    return shares[0].model_copy(
+        update={
+            name: {key: value for share in shares for key, value in getattr(share, name).items()}
+            for name in ("parameters", "others", "parts")
+        }
+    )
