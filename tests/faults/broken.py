@@ -1,0 +1,188 @@
+"""Disks that are full, broken or read-only, and a clock that jumps: a shim in front of libc, and what must come of it."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.faults.layouts import LAYOUTS, Layout, Runs
+from tests.running import Started, equal_bits, records
+from wtn_pretrain.training.checkpoint.contents import contents
+from wtn_pretrain.training.checkpoint.manifest import checkpoints_in
+
+SOURCE = Path(__file__).with_name("shim.c")
+DAY = 86_400
+
+
+def compiler() -> str | None:
+    """What compiles the shim; None: there is nothing."""
+    return shutil.which("cc") or shutil.which("gcc")
+
+
+def build(folder: Path) -> Path:
+    """The shim, compiled."""
+    path = folder / "shim.so"
+    subprocess.run([compiler() or "cc", "-shared", "-fPIC", "-O1", "-o", path, SOURCE, "-ldl", "-lpthread"], check=True)
+    return path
+
+
+class Fault(NamedTuple):
+    """Calls that fail."""
+
+    call: str
+    error: int
+    path: str
+    """What the file's path has in it."""
+    skip: int = 0
+    """Calls before the first that fails."""
+    count: int = -1
+    """Calls that fail; -1: all further ones."""
+
+    def __str__(self) -> str:
+        return f"{self.call}:{self.error}:{self.path}:{self.skip}:{self.count}"
+
+
+class Case(NamedTuple):
+    """What is broken in a run of stage 1, and how it ends."""
+
+    faults: tuple[Fault, ...]
+    rank: int
+    """Whose calls fail."""
+    layout: str
+    says: str
+    """Words of the one line that is said."""
+    code: int = 0
+
+
+# saves come after every fifth of 80 steps; a part is written through `.part-...part` in a draft `.step30.part`
+CASES: dict[str, Case] = {
+    "full while a part is written": Case((Fault("write", errno.ENOSPC, ".step30.part/"),), 0, "wide, alone", "No space left on device"),
+    "full on the second rank": Case((Fault("write", errno.ENOSPC, ".step30.part/"),), 1, "wide, ZeRO 2", "No space left on device"),
+    "full for three saves": Case(
+        tuple(Fault("write", errno.ENOSPC, f".step{step}.part/") for step in (30, 35, 40)), 0, "wide, alone", "No space left on device"
+    ),
+    "broken while a part is made durable": Case((Fault("fsync", errno.EIO, ".step30.part/"),), 0, "wide, ZeRO 2", "Input/output error"),
+    "broken while a checkpoint is switched in": Case((Fault("rename", errno.EIO, "/.step30.part"),), 1, "wide, ZeRO 2", ""),
+    "broken while any file is switched in": Case((Fault("rename", errno.EIO, ".step30.part"),), 0, "wide, alone", "Input/output error"),
+    "read-only for a save": Case(
+        (Fault("mkdir", errno.EROFS, ".step30.part"), Fault("open", errno.EROFS, ".step30.part")), 0, "wide, alone", "Read-only file system"
+    ),
+    "full where records go": Case((Fault("write", errno.ENOSPC, "metrics.jsonl", 20, 25),), 0, "wide, alone", "wait in memory"),
+    "full where charts go": Case((Fault("write", errno.ENOSPC, "events.out", 0, 3),), 0, "wide, alone", "TensorBoard"),
+    "full for the last saves": Case(
+        tuple(Fault("write", errno.ENOSPC, f".step{step}.part/") for step in (70, 75, 80)), 0, "wide, alone", "No space left on device", 2
+    ),
+    "full where the network goes": Case((Fault("write", errno.ENOSPC, ".model.safetensors"),), 0, "wide, alone", "model.safetensors", 2),
+}
+
+
+class Outcome(NamedTuple):
+    """What came of a case."""
+
+    name: str
+    code: int
+    said: list[str]
+    problems: list[str]
+    seconds: float
+
+
+def broken(runs: Runs, name: str) -> Outcome:
+    """Runs a case on ranks that have the shim; a run that ends is started again on a disk that works."""
+    case = CASES[name]
+    layout = LAYOUTS[case.layout]
+    config = runs.config(layout)
+    variables = {"FAULTS": ";".join(map(str, case.faults)), "FAULTY_RANK": str(case.rank)}
+    started = runs.start(layout, config, variables=variables)
+    codes = started.codes(300)
+    said, problems = _said(started, layout.stage), []
+    if set(codes) != {case.code}:
+        problems.append(f"ended with {codes}, not {case.code}: {started.stderr()[-2000:]}")
+    if case.says and (not said or any(case.says not in line for line in said)):
+        problems.append(f"said {said}")
+    if any("Traceback" in line for line in started.stderr().splitlines()):
+        problems.append(f"a traceback: {started.stderr()[-2000:]}")
+    stage = runs.stage(layout, config)
+    problems += _kept(stage / "checkpoints")
+    if case.code:
+        if not said or not said[-1].startswith("error: "):
+            problems.append(f"no line of an error: {said}")
+        runs.start(layout, config).succeed(300)
+    problems += _differences(runs, case.layout, config)
+    return Outcome(name, max(codes), said, problems, started.seconds())
+
+
+def jumping(runs: Runs, name: str) -> Outcome:
+    """A run whose wall clock goes a day forth and two back every second."""
+    layout = LAYOUTS[name]
+    config = runs.config(layout)
+    started = runs.start(layout, config, variables={"FAULTY_CLOCK": str(DAY)})
+    codes = started.codes(300)
+    problems = [f"ended with {codes}: {started.stderr()[-2000:]}"] if any(codes) else _differences(runs, name, config)
+    days = {record["time"][:10] for record in records(runs.stage(layout, config))}
+    if not any(codes) and len(days) < 2:
+        problems.append(f"the clock did not jump ({days}): the run is too short")
+    result = json.loads((runs.stage(layout, config) / "done.json").read_text()) if not any(codes) else {"seconds": 0.0}
+    if not 0 <= result["seconds"] < 300:
+        problems.append(f"{result['seconds']} s were counted")
+    return Outcome(f"{name}, clock", max(codes), [], problems, started.seconds())
+
+
+def frozen(runs: Runs, name: str, number: int) -> Outcome:
+    """A run of which one rank gets a signal while it is at work; the seconds until the others have ended."""
+    import signal
+
+    from tests.running import reached
+
+    layout = LAYOUTS[name]
+    config = runs.config(layout, {f"{layout.stage}.steps": 2000})
+    started = runs.start(layout, config)
+    reached(started, runs.stage(layout, config), 20)
+    began = time.monotonic()
+    started.kill(layout.ranks - 1, by=signal.Signals(number))
+    codes = started.codes(120)
+    seconds = time.monotonic() - began
+    said = [line for line in started.errors() if line.startswith("error: ")]
+    problems = [] if 0 not in codes else [f"ended with {codes}"]
+    if seconds > 60:
+        problems.append(f"noticed after {seconds:.0f} s")
+    if len(said) != 1 or f"rank {layout.ranks - 1}" not in said[0]:
+        problems.append(f"said {said}")
+    return Outcome(f"{name}, {signal.Signals(number).name}", max(codes), said, problems, seconds)
+
+
+def shimmed(shim: Path) -> Mapping[str, str]:
+    """The environment of a forge whose ranks have the shim."""
+    return {"LD_PRELOAD": f"{shim}{os.pathsep}{os.environ['LD_PRELOAD']}" if os.environ.get("LD_PRELOAD") else str(shim)}
+
+
+def _said(started: Started, stage: str) -> list[str]:
+    """What was said beside the progress."""
+    return [line for line in started.stderr().splitlines() if line.strip() and not line.startswith(f"{stage} ")]
+
+
+def _kept(folder: Path) -> list[str]:
+    """What of the checkpoints that stand there is damaged; one must stand there."""
+    found = checkpoints_in(folder)
+    problems = [] if found else [f"{folder}: no checkpoint is left"]
+    for _, path in found:
+        try:
+            contents(path)
+        except Exception as error:
+            problems.append(str(error))
+    return problems
+
+
+def _differences(runs: Runs, name: str, config: Path) -> list[str]:
+    layout: Layout = LAYOUTS[name]
+    whole, _ = runs.whole(name)
+    try:
+        left: Any = runs.left(layout, config)
+    except (AssertionError, OSError) as error:
+        return [str(error)]
+    problems = [] if left.losses == whole.losses else ["losses differ"]
+    return problems if equal_bits(left.weights, whole.weights) else [*problems, "weights differ"]
