@@ -6,12 +6,13 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ def compiled(op: str) -> bool:
     builds = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")).rglob(f"{op}*.so")
     # another environment's sources are newer or older: it would be built again
     return any(here in (built.parent / "build.ninja").read_text() for built in builds if (built.parent / "build.ninja").exists())
+
+
+@contextlib.contextmanager
+def no_room(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def free_port() -> int:

@@ -143,6 +143,7 @@ def test_a_spike_is_gone_back_from(base: dict[str, Any], changes: dict[str, Any]
         planted(forge, config, plants, f"--run.name={name}", ranks=ranks).succeed()
         assert equal_bits(weights(stage), weights(mine))
         assert {record["step"]: record["loss"] for record in records(stage)} == losses
+        assert [event["number"] for event in records(stage, "event") if event["name"] == "rollback"] == [1]
 
 
 def test_a_spike_with_nothing_to_go_back_to_is_recorded(forge: Forge, tmp_path: Path) -> None:

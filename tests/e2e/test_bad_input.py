@@ -5,6 +5,7 @@ Most go through `wtn_pretrain.cli.main` in this process, which is what the scrip
 
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -317,7 +318,11 @@ def test_imitation_that_is_not_finite(refused: Refused, trained: Callable[[dict[
     tree = recipe(RESNET, {"narrow.optimizer": {"name": "sgd", "lr": 1e30}, "narrow.log_every": 20, "narrow.checkpoint_every": 6})
     shutil.copytree(trained(recipe(RESNET)), tmp_path / "runs" / "resnet" / "wide")
     line = refused(tree, script="imitate.py")
-    assert "narrow: the imitation loss of unit 1 is not finite" in line
+    found = re.search(r"narrow: the imitation loss of unit 1 is not finite at step (\d+); its samples are named in (\S+);", line)
+    # the step itself, not the one at which losses are looked at
+    assert found is not None and int(found[1]) < 6
+    told = json.loads((tmp_path / found[2]).read_text())
+    assert [(batch["step"], batch["batch"], len(batch["indices"])) for batch in told["batches"]] == [(int(found[1]), int(found[1]) - 1, 32)]
     assert "lower narrow.optimizer.lr" in line
     assert not (tmp_path / "runs" / "resnet" / "narrow" / "checkpoints").exists()
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.faults.broken import CASES, broken, build, compiler, frozen, jumping, shimmed
+from tests.faults.broken import CASES, broken, build, compiler, frozen, jumping, shimmed, twice
 from tests.faults.kills import Trial, trial
 from tests.faults.layouts import LAYOUTS, Runs
 from tests.running import ROOT, Forge
@@ -90,7 +90,7 @@ def show(figures: dict[str, Any]) -> str:
     rows.append(["all", *map(str, total[:4]), "", "", str(total[4]), "no" if any(row["problems"] for row in figures["kills"]) else "yes"])
     head = ["layout", "trials", "kills", "in a save", "before step 1", "noticed s", "most s", "lost", "bit for bit"]
     found = [table(head, rows)]
-    for title in ("disks", "clocks", "signals"):
+    for title in ("disks", "clocks", "signals", "folders"):
         if figures[title]:
             lines = [[row["name"], str(row["code"]), seconds(row["seconds"]), "no" if row["problems"] else "yes"] for row in figures[title]]
             found.append(table([title, "exit code", "seconds", "as it must"], lines))
@@ -123,11 +123,12 @@ def main() -> int:
                 trials = [trial(runs, names[0], options.trial_seed, 5)]
             else:
                 trials = campaign(runs, names, options.kills, options.seed)
-            outcomes: dict[str, list[Any]] = {"disks": [], "clocks": [], "signals": []}
+            outcomes: dict[str, list[Any]] = {"disks": [], "clocks": [], "signals": [], "folders": []}
             if not options.no_disks:
                 work = [("disks", lambda name=name: broken(runs, name)) for name in CASES if shim]
                 work += [("clocks", lambda name=name: jumping(runs, name)) for name in CLOCKED if shim]
                 work += [("signals", lambda name=name, by=by: frozen(runs, name, by)) for by in SIGNALS.values() for name in FROZEN]
+                work += [("folders", lambda name=name: twice(runs, name)) for name in ("wide, ZeRO 2", "narrow, 2 spans")]
                 for title, do in work:
                     outcomes[title].append(do())
                     done = outcomes[title][-1]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.layouts import LAYOUTS, Layout, Runs
-from tests.running import Started, equal_bits, records
+from tests.running import Started, equal_bits, reached, records, steps_logged
 from wtn_pretrain.training.checkpoint.contents import contents
 from wtn_pretrain.training.checkpoint.manifest import checkpoints_in
 
@@ -51,12 +52,14 @@ class Case(NamedTuple):
     """What is broken in a run of stage 1, and how it ends."""
 
     faults: tuple[Fault, ...]
-    rank: int
-    """Whose calls fail."""
+    rank: int | None
+    """Whose calls fail; None: those of all."""
     layout: str
     says: str
     """Words of the one line that is said."""
     code: int = 0
+    begins: bool = True
+    """Whether it comes to its first checkpoint."""
 
 
 # saves come after every fifth of 80 steps; a part is written through `.part-...part` in a draft `.step30.part`
@@ -77,6 +80,9 @@ CASES: dict[str, Case] = {
     "full for the last saves": Case(
         tuple(Fault("write", errno.ENOSPC, f".step{step}.part/") for step in (70, 75, 80)), 0, "wide, alone", "No space left on device", 2
     ),
+    "not allowed at the start": Case((Fault("open", errno.EACCES, ".probe-"),), None, "wide, ZeRO 2", "run.folder", 2, False),
+    "read-only at the start": Case((Fault("mkdir", errno.EROFS, "runs"),), None, "wide, alone", "Read-only file system", 2, False),
+    "full at the start": Case((Fault("write", errno.ENOSPC, "config.yaml"),), 0, "wide, ZeRO 2", "config.yaml", 2, False),
     "full where the network goes": Case((Fault("write", errno.ENOSPC, ".model.safetensors"),), 0, "wide, alone", "model.safetensors", 2),
 }
 
@@ -96,7 +102,7 @@ def broken(runs: Runs, name: str) -> Outcome:
     case = CASES[name]
     layout = LAYOUTS[case.layout]
     config = runs.config(layout)
-    variables = {"FAULTS": ";".join(map(str, case.faults)), "FAULTY_RANK": str(case.rank)}
+    variables = {"FAULTS": ";".join(map(str, case.faults)), "FAULTY_RANK": "" if case.rank is None else str(case.rank)}
     started = runs.start(layout, config, variables=variables)
     codes = started.codes(300)
     said, problems = _said(started, layout.stage), []
@@ -107,7 +113,10 @@ def broken(runs: Runs, name: str) -> Outcome:
     if any("Traceback" in line for line in started.stderr().splitlines()):
         problems.append(f"a traceback: {started.stderr()[-2000:]}")
     stage = runs.stage(layout, config)
-    problems += _kept(stage / "checkpoints")
+    if case.begins:
+        problems += _kept(stage / "checkpoints")
+    elif stage.exists():
+        problems.append(f"{stage}: something was begun")
     if case.code:
         if not said or not said[-1].startswith("error: "):
             problems.append(f"no line of an error: {said}")
@@ -132,12 +141,25 @@ def jumping(runs: Runs, name: str) -> Outcome:
     return Outcome(f"{name}, clock", max(codes), [], problems, started.seconds())
 
 
+def twice(runs: Runs, name: str) -> Outcome:
+    """A run that is started a second time while it is at work."""
+    layout = LAYOUTS[name]
+    config = runs.config(layout, {f"{layout.stage}.steps": 2000})
+    first = runs.start(layout, config)
+    reached(first, runs.stage(layout, config), 5)
+    second = runs.start(layout, config)
+    codes = second.codes(120)
+    said = _said(second, layout.stage)
+    problems = [] if set(codes) == {2} and len(said) == 1 and "works on this run" in said[0] else [f"ended with {codes}, said {said}"]
+    before = max(steps_logged(runs.stage(layout, config)))
+    reached(first, runs.stage(layout, config), before + 20)
+    first.kill()
+    first.codes(120)
+    return Outcome(f"{name}, twice", max(codes), said, problems, second.seconds())
+
+
 def frozen(runs: Runs, name: str, number: int) -> Outcome:
     """A run of which one rank gets a signal while it is at work; the seconds until the others have ended."""
-    import signal
-
-    from tests.running import reached
-
     layout = LAYOUTS[name]
     config = runs.config(layout, {f"{layout.stage}.steps": 2000})
     started = runs.start(layout, config)
@@ -161,8 +183,8 @@ def shimmed(shim: Path) -> Mapping[str, str]:
 
 
 def _said(started: Started, stage: str) -> list[str]:
-    """What was said beside the progress."""
-    return [line for line in started.stderr().splitlines() if line.strip() and not line.startswith(f"{stage} ")]
+    """What the run itself has said beside its progress; libraries warn of other things."""
+    return [line for line in started.stderr().splitlines() if line.startswith(("error: ", "runs/", f"{stage}: "))]
 
 
 def _kept(folder: Path) -> list[str]:

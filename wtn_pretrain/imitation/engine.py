@@ -31,6 +31,7 @@ from wtn_pretrain.parallel.launch import Place, shared_store
 from wtn_pretrain.parallel.preemption import Departure, Notice
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.training.monitor import Monitor
+from wtn_pretrain.training.offending import name_samples
 
 START, SAVE, FILL = 300.0, 600.0, 600.0
 """Seconds without a mark that the start of a phase (optimizers are made, moments loaded), a checkpoint and the storing of a unit's
@@ -80,6 +81,8 @@ class Run:
         self._unsaid: list[tuple[int, Position]] = []
         self._whole = 0
         """The step after which all units stand at one step again."""
+        self._odd: list[Tensor] = []
+        """Of the steps since losses were last looked at: for each unit whether its loss is not finite."""
         self._departure = Departure(notice, self.wiring.place) if notice else None
         self.position = self.checkpoints.latest()
         self.first_phase, self.first_step = 0, 0
@@ -112,6 +115,7 @@ class Run:
                 self._save(number, 0)
             run = self._cached(phase, before, start) if phase.cached else self._streamed(phase, before, start, outbox)
             began = time.monotonic()
+            self._odd.clear()
             sums: list[Tensor] = []
             for micro, (losses, rate) in enumerate(run):
                 step, k = start + micro // self.stream.accumulation, micro % self.stream.accumulation
@@ -119,6 +123,9 @@ class Run:
                 if k < self.stream.accumulation - 1:
                     continue
                 self.imitator.work.seconds += time.monotonic() - began
+                if sums:
+                    # looked at when the losses are, so that the device is not waited for
+                    self._odd.append(~torch.isfinite(torch.stack(sums)))
                 done = step + 1
                 leaving = before + done == self._whole < self.total and self._departure is not None and self._departure.due(self._whole)
                 saving = leaving or (before + done) % self.every == 0 or before + done == self.total
@@ -309,19 +316,33 @@ class Run:
         return Carry(carry.hidden.to(here), tuple(tensor.to(here) for tensor in carry.context))
 
     def _losses(self, phase: Phase, step: int, sums: list[Tensor]) -> dict[int, float]:
-        """The loss of every unit of this span over all replicas, or a refusal that names the unit whose is not finite."""
+        """The loss of every unit of this span over all replicas, or a refusal that names the unit and step whose is not finite."""
         mine = [unit.index for unit in self.imitator.units if unit.index in phase.losses]
         if not mine:
             return {}
         values = self.imitator.replicas.sum(torch.stack(sums).float() / self.stream.accumulation).cpu()
         if not bool(torch.isfinite(values).all()):
-            unit = mine[int((~torch.isfinite(values)).nonzero()[0])]
-            name = "the stem" if unit == 0 else f"unit {unit}"
-            raise UserError(
-                f"{self.stage}: the imitation loss of {name} is not finite at step {step}; "
-                "lower narrow.optimizer.lr or narrow.clip under another --run.name"
-            )
+            odd = self.imitator.replicas.sum(torch.stack(self._odd).float()).nonzero()
+            since, number = odd[0].tolist() if len(odd) else (len(self._odd) - 1, 0)
+            raise self._not_finite(phase, step - len(self._odd) + 1 + since, mine[number])
+        self._odd.clear()
         return dict(zip(mine, values.tolist(), strict=True))
+
+    def _not_finite(self, phase: Phase, step: int, unit: int) -> UserError:
+        """What is said of a step (from 1, over all phases) at which the loss of a unit is not finite: the step's samples are named too."""
+        batch = step - 1
+        if phase.cached:
+            before = sum(earlier.steps for earlier in self.phases[: self.phases.index(phase)])
+            batch = (batch - before) % min(self.imitator.section.cache_batches or phase.steps, phase.steps)
+        elif self.taught is not None:
+            batch %= self.taught.batches // self.stream.accumulation
+        name = "the stem" if unit == 0 else f"unit {unit}"
+        what = f"the imitation loss of {name} is not finite"
+        path = name_samples(self.folder, self.stage, step, what, [(step, batch)], self.stream)
+        return UserError(
+            f"{self.stage}: {what} at step {step}; its samples are named in {path}; look at them, or lower narrow.optimizer.lr or "
+            "narrow.clip under another --run.name"
+        )
 
     def _continue_from(self, position: Position) -> None:
         plan, zero = str(self.wiring.plan), zero_stage(self.imitator.section)

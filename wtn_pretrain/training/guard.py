@@ -6,7 +6,6 @@ gradient such, which the reduction over ranks carries to all of them; so the nor
 everywhere.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import write_text
 from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.engine import gradient_norm
+from wtn_pretrain.training.offending import name_samples
 from wtn_pretrain.training.spikes import Jump, Spikes
 
 
@@ -83,7 +82,6 @@ class Guard:
         """The steps, from 0, that were left out since the last one that was taken."""
         self._returns = 0
         self._further = 0
-        self._norm: Tensor | float | None = None
 
     # steps that are not finite
 
@@ -97,10 +95,10 @@ class Guard:
         """To be called between the last backward pass of a step and `engine.step`; the norm of the gradient if it is `wanted` and known
         by then."""
         alone = self._wary is not None and not self._wary.clips
-        self._norm = gradient_norm(self._engine) if wanted or alone else None
+        norm = gradient_norm(self._engine) if wanted or alone else None
         if self._wary is not None and alone:
-            self._wary.norm = self._norm
-        return self._norm if wanted else None
+            self._wary.norm = norm
+        return norm if wanted else None
 
     def left_out(self, step: int, loss: Tensor) -> bool:
         """Whether step number `step` (from 0), that the engine has just been asked to take, was left out; nothing has changed then.
@@ -136,11 +134,7 @@ class Guard:
 
     def _give_up(self, step: int, loss: float) -> None:
         stage, before = self._stage, len(self.in_a_row) - 1
-        if math.isfinite(loss):
-            norm = self._engine.get_global_grad_norm() if self._wary is None else self._norm
-            what = f"the norm of the gradient is {'not finite' if norm is None or math.isfinite(norm) else float(norm)}"
-        else:
-            what = f"the loss is {loss}"
+        what = "the norm of the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         path = self.name_batches(step, what, self.in_a_row)
         row = f", after {before} steps in a row that were left out for that" if before else ""
         checkpoints = self._folder / "checkpoints"
@@ -192,18 +186,10 @@ class Guard:
     # what is kept of it
 
     def name_batches(self, step: int, why: str, steps: Sequence[int]) -> Path:
-        """Writes, on rank 0, which samples `steps` (from 0) were given, on all ranks together; where it stands.
-
-        A sample is its index in the training set and the seed of what is random in it.
-        """
-        path = self._folder / f"batches-step{step + 1}.json"
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            batches = []
-            for one in steps:
-                indices, seeds = self._stream.sample_ids(self.batch(one))
-                batches.append({"step": one + 1, "batch": self.batch(one), "indices": indices.tolist(), "seeds": seeds.tolist()})
-            write_text(path, json.dumps({"stage": self._stage, "step": step + 1, "why": why, "batches": batches}) + "\n")
-        return path
+        """Writes, on rank 0, which samples `steps` (from 0) were given, on all ranks together; where it stands."""
+        batches = [(one + 1, self.batch(one)) for one in steps]
+        writes = not dist.is_initialized() or dist.get_rank() == 0
+        return name_samples(self._folder, self._stage, step + 1, why, batches, self._stream, writes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`counts` int64: skipped, returns, batches left out for them, whether in a spike, the steps left out in a row; `losses` float64:

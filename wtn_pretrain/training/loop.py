@@ -26,7 +26,7 @@ from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.ema import Average
 from wtn_pretrain.training.engine import gathered_state, start_engine
 from wtn_pretrain.training.guard import Guard, weighed
-from wtn_pretrain.training.monitor import Monitor, Work, say
+from wtn_pretrain.training.monitor import ROLLBACK, Monitor, Work, say
 from wtn_pretrain.training.schedules import scale
 from wtn_pretrain.training.spikes import Jump
 
@@ -187,7 +187,7 @@ class _Training:
                 start = self.guard.returning(step, self.checkpoints.resume)
             if start is not None:
                 self.monitor.rewind(start)
-                self.monitor.event("rollback", step=start, number=self.guard.returns, **told)
+                self.monitor.event(ROLLBACK, step=start, number=self.guard.returns, **told)
                 say(
                     f"{self.stage}: the loss of step {step + 1} is {jump.loss:.4g} after {jump.median:.4g}; back to the checkpoint of "
                     f"step {start}, and past the {step + 1 - start} batches since"

@@ -19,6 +19,8 @@ from wtn_pretrain.files import write_text
 
 METRICS = "metrics.jsonl"
 SETTLE = 5  # steps left out of the rate: they pay for compilation, allocation and cold caches
+ROLLBACK = "rollback"
+"""The event that a stage has gone back to the step under which it stands."""
 RESERVED = {"time", "stage", "step", "kind"}
 
 
@@ -65,7 +67,7 @@ class Monitor:
         self._step = self._start = start
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_beyond(folder / METRICS, stage, start)
+        _drop_beyond(folder / METRICS, stage, start, resumed=True)
         self._folder = folder
         self._file = (folder / METRICS).open("ab", buffering=0)
         self._unwritten, self._warned = b"", False
@@ -278,12 +280,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_beyond(path: Path, stage: str, start: int) -> None:
-    """Rewrite `path` without the records of `stage` beyond `start` and without a line cut short by a crash."""
+def _drop_beyond(path: Path, stage: str, start: int, resumed: bool = False) -> None:
+    """Rewrite `path` without the records of `stage` beyond `start` and without a line cut short by a crash.
+
+    `resumed`: what a start says that goes on from there; it has yet to go back there itself, if one did before it.
+    """
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["stage"] != stage or (start and record["step"] <= start)]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def stays(record: Mapping[str, Any]) -> bool:
+        if record["stage"] != stage or record["step"] < start:
+            return True
+        return bool(start) and record["step"] == start and not (resumed and record.get("name") == ROLLBACK)
+
+    write_text(path, "".join(json.dumps(record) + "\n" for record in read_metrics(path) if stays(record)))
 
 
 def _plain(value: Any) -> Any:

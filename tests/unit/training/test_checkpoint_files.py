@@ -1,19 +1,18 @@
 """Checkpoints on disk: every kind of damage is found, what is found whole is whole, and what cannot be written leaves the old one."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.running import ROOT
+from tests.running import ROOT, no_room
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.training.checkpoint.contents import contents, find_checkpoints, shown
@@ -208,17 +207,6 @@ def test_a_pickle_in_place_of_a_part_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="cannot be read"):
         contents(folder)
     assert not (tmp_path / "harm").exists()
-
-
-@contextmanager
-def no_room(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 300, 700], ids=["nothing", "half a part", "the part, not the manifest"])
