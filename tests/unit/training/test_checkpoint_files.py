@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.running import ROOT
+from wtn_pretrain.checkpoint.files import MANIFEST, DamagedError, part_of, sealed
+from wtn_pretrain.checkpoint.keeping import Keep
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.training.checkpoint.contents import contents, find_checkpoints, shown
 from wtn_pretrain.training.checkpoint.manifest import (
     FORMAT,
-    MANIFEST,
-    DamagedError,
     Layout,
     Manifest,
     Other,
@@ -55,9 +55,9 @@ def described(step: int, seed: int = 0) -> tuple[Manifest, dict[str, torch.Tenso
     return manifest, tensors
 
 
-def write(folder: Path, *steps: int, seed: int = 0, keep: int = 2) -> Path:
+def write(folder: Path, *steps: int, seed: int = 0, keep: int = 2, every: int = 0) -> Path:
     """Writes checkpoints one after the other; the last one."""
-    writer = Writer(folder, Place(0, 1), keep)
+    writer = Writer(folder, Place(0, 1), Keep(keep, every))
     for step in steps:
         writer.start(*described(step, seed))
     writer.close()
@@ -87,8 +87,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 4, keep=3)
     assert [step for step, _ in checkpoints_in(tmp_path)] == [4, 3, 2]
+    write(tmp_path / "some", 3, 5, 6, 9, 11, 12, 13, keep=1, every=3)
+    assert [step for step, _ in checkpoints_in(tmp_path / "some")] == [13, 12, 9, 6, 3]
     # of a damaged one, that was skipped, nothing counts
-    writer = Writer(tmp_path, Place(0, 1), 2)
+    writer = Writer(tmp_path, Place(0, 1), Keep(2))
     writer.continues(3)
     for step in (4, 5):
         writer.start(*described(step, seed=9))
@@ -159,11 +161,9 @@ def test_a_part_of_another_run_is_found(tmp_path: Path) -> None:
 
 def rendered(folder: Path, change: Callable[[dict], object]) -> None:
     """Changes a manifest as somebody would who knows how its checksum is made."""
-    from wtn_pretrain.training.checkpoint.manifest import _render
-
     body = json.loads((folder / MANIFEST).read_text())["manifest"]
     change(body)
-    (folder / MANIFEST).write_text(_render(body))
+    (folder / MANIFEST).write_text(sealed(body))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,6 @@ def test_a_pickle_in_place_of_a_part_is_not_run(tmp_path: Path) -> None:
 
     folder = write(tmp_path, 3)
     torch.save(Harm(), folder / PART)
-    from wtn_pretrain.training.checkpoint.manifest import part_of
-
     rendered(folder, lambda body: body["parts"].update({PART: part_of(folder / PART).model_dump()}))
     with pytest.raises(DamagedError, match="cannot be read"):
         contents(folder)
@@ -223,7 +221,7 @@ def no_room(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", [0, 300, 700], ids=["nothing", "half a part", "the part, not the manifest"])
 def test_a_full_disk_leaves_the_old_one(size: int, tmp_path: Path) -> None:
-    writer = Writer(tmp_path, Place(0, 1), 1)
+    writer = Writer(tmp_path, Place(0, 1), Keep(1))
     writer.start(*described(3))
     writer.wait()
     before = contents(tmp_path / "step3")
@@ -243,7 +241,7 @@ def test_a_full_disk_leaves_the_old_one(size: int, tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
-    writer = Writer(tmp_path / "checkpoints", Place(0, 1), 1)
+    writer = Writer(tmp_path / "checkpoints", Place(0, 1), Keep(1))
     writer.start(*described(1))
     with pytest.raises(UserError, match="checkpoints.*cannot be written"):
         writer.wait()

@@ -7,12 +7,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wtn_pretrain.checkpoint.files import part_of
+from wtn_pretrain.checkpoint.keeping import Keep
+from wtn_pretrain.checkpoint.together import Shares, cannot_write, draft_of, switch_in
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import switch_folder, write_beside, write_text
+from wtn_pretrain.files import write_beside, write_text
 from wtn_pretrain.parallel.launch import Place, shared_store
-from wtn_pretrain.training.checkpoint.manifest import LATEST, Manifest, checkpoints_in, part_of, write_manifest
-
-_KEPT = "the checkpoint before it is kept"
+from wtn_pretrain.training.checkpoint.manifest import LATEST, Manifest, checkpoints_in
 
 
 class Writer:
@@ -21,11 +22,11 @@ class Writer:
     Every rank must make one, and start the same writes in the same order; none waits for another.
     """
 
-    def __init__(self, folder: Path, place: Place, keep: int) -> None:
-        """`keep`: how many checkpoints are kept."""
+    def __init__(self, folder: Path, place: Place, keep: Keep) -> None:
+        """`keep`: which checkpoints are kept."""
         self.folder = folder
         self._place, self._keep = place, keep
-        self._store = shared_store(place)
+        self._shares = Shares(shared_store(place), place)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._steps: list[int] = []
@@ -49,7 +50,7 @@ class Writer:
         """
         self.wait()
         self._steps.append(manifest.step)
-        self._writing = self._thread.submit(self._write, manifest, tensors, set(self._steps[-self._keep :]))
+        self._writing = self._thread.submit(self._write, manifest, tensors, self._keep.recent(self._steps))
 
     def wait(self) -> None:
         """Returns when this rank has written what was begun.
@@ -67,39 +68,30 @@ class Writer:
         self._thread.shutdown()
 
     def _write(self, manifest: Manifest, tensors: dict[str, Tensor], kept: set[int]) -> None:
-        step = manifest.step
-        draft = self.folder / f".step{step}.part"
+        step, name = manifest.step, f"step{manifest.step}"
+        draft = draft_of(self.folder, name)
         try:
             if tensors:
                 write_beside(draft / self.part, lambda path: save_file(tensors, path))
                 manifest = manifest.model_copy(update={"parts": {self.part: part_of(draft / self.part)}})
-            everything = self._all_of(manifest)
-            if everything is None:
+            shares = self._shares.tell(name, manifest.model_dump_json())
+            if shares is None:
                 return
-            write_manifest(draft, everything)
-            switch_folder(draft, self.folder / f"step{step}")
-            write_text(self.folder / LATEST, f"step{step}\n")
-        except OSError as error:
-            raise UserError(f"{self.folder}: checkpoint of step {step} cannot be written ({error.strerror}); {_KEPT}") from None
-        except UserError as error:
-            raise UserError(f"{error}; {_KEPT}") from None
+            switch_in(self.folder, name, _joined([Manifest.model_validate_json(share) for share in shares]))
+            write_text(self.folder / LATEST, f"{name}\n")
+        except (OSError, UserError) as error:
+            raise cannot_write(self.folder, name, error) from None
         for other, path in checkpoints_in(self.folder):
             # those of later steps were damaged, and stand there until the training has come to them again
-            if other < step and other not in kept:
+            if other < step and other not in kept and not self._keep.for_good(other):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _all_of(self, manifest: Manifest) -> Manifest | None:
-        """What all ranks have written of a checkpoint, for the last one to say so; None for the others."""
-        keys = [f"{manifest.step}-{rank}" for rank in range(self._place.world_size)]
-        self._store.set(keys[self._place.rank], manifest.model_dump_json())
-        if self._store.add(str(manifest.step), 1) < self._place.world_size:
-            return None
-        shares = [Manifest.model_validate_json(self._store.get(key)) for key in keys]
-        for key in keys:
-            self._store.delete_key(key)
-        return shares[0].model_copy(
-            update={
-                name: {key: value for share in shares for key, value in getattr(share, name).items()}
-                for name in ("parameters", "others", "parts")
-            }
-        )
+
+def _joined(shares: list[Manifest]) -> Manifest:
+    """What all ranks have written of a checkpoint."""
+    return shares[0].model_copy(
+        update={
+            name: {key: value for share in shares for key, value in getattr(share, name).items()}
+            for name in ("parameters", "others", "parts")
+        }
+    )
