@@ -103,7 +103,7 @@ class RunFolder:
         if _sha256(stage / NETWORK) != told:
             raise UserError(
                 f"{stage / NETWORK}: is not as the stage left it (its sha256 differs from that in done.json); put the file back, or remove "
-                f"{stage / 'done.json'} to have the stage end again from its last checkpoint"
+                f"{stage / 'done.json'} and run the stage again, which goes on from its last checkpoint"
             )
         return told
 

@@ -136,11 +136,25 @@ class Parts:
             DamagedError: it is not there.
         """
         try:
-            if part not in self._open:
-                self._open[part] = safe_open(self._folder / part, framework="pt")
-            return self._open[part].get_tensor(key)
+            return self._opened(part).get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise DamagedError(f"{self._folder / part}: {key} cannot be read ({error})") from None
+
+    def keys(self, part: str) -> set[str]:
+        """Of the tensors in a part.
+
+        Raises:
+            DamagedError: it is none.
+        """
+        try:
+            return set(self._opened(part).keys())
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{self._folder / part}: cannot be read ({error})") from None
+
+    def _opened(self, part: str) -> Any:
+        if part not in self._open:
+            self._open[part] = safe_open(self._folder / part, framework="pt")
+        return self._open[part]
 
 
 def on_host(value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from wtn_pretrain.checkpoint.files import MANIFEST, DamagedError, part_of, seale
 from wtn_pretrain.checkpoint.keeping import Keep
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
-from wtn_pretrain.training.checkpoint.contents import contents, find_checkpoints, shown
+from wtn_pretrain.training.checkpoint.contents import contents, shown
 from wtn_pretrain.training.checkpoint.manifest import (
     FORMAT,
     Layout,
@@ -30,6 +30,7 @@ from wtn_pretrain.training.checkpoint.manifest import (
     read_manifest,
 )
 from wtn_pretrain.training.checkpoint.writer import Writer
+from wtn_pretrain.verify import find
 
 PART = "part-00000.safetensors"
 
@@ -256,14 +257,15 @@ def verified(path: Path) -> subprocess.CompletedProcess[str]:
 def test_the_tool_says_what_is_there(tmp_path: Path) -> None:
     folder = write(tmp_path / "run" / "wide" / "checkpoints", 3, 4)
     # starting a process takes seconds, and it does little more than this
-    assert find_checkpoints(tmp_path) == [folder, folder.with_name("step3")]
-    assert find_checkpoints(folder) == [folder]
+    assert [path for path, _ in find(tmp_path)] == [folder, folder.with_name("step3")]
+    assert [path for path, _ in find(folder)] == [folder]
+    assert [path for path, _ in find(folder.parent)] == [folder, folder.with_name("step3")]
     table = shown(folder, *contents(folder))
     assert "seed 0, stage wide" in table
     assert "1 ranks, tensor parallel 1, ZeRO 0, weights float32" in table
     assert any(line.split() == ["weights", "1", "32", "128", "0"] for line in table.splitlines())
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        find_checkpoints(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no checkpoint and no finished stage"):
+        find(tmp_path / "nothing")
     manifest, tensors = described(3)
     tensors["weights/layer.weight"][0, 0] = torch.nan
     folder.with_name("step3").joinpath(PART).unlink()

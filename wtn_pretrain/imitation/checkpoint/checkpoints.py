@@ -214,7 +214,8 @@ class Checkpoints:
     def begin(self, position: Position | None) -> None:
         """Says that the training goes on from what `newest` has found, and clears away what a start left that ended while it wrote."""
         if position is not None:
-            self._known = [position.name]
+            until = (position.phase, position.step)
+            self._known = [path.name for order, path in reversed(checkpoints_in(self.folder)) if order <= until]
 
         def clear() -> str:
             for left in self.folder.glob(".*.part"):

@@ -145,7 +145,12 @@ class Stored:
 
     def check(self, names: Iterable[str] | None = None) -> None:
         """Reads parts whole, all if none are named, and compares them with what the manifest says."""
-        check_files(self.folder, self.manifest.parts, sorted(self.manifest.parts) if names is None else names)
+        names = sorted(self.manifest.parts) if names is None else list(names)
+        check_files(self.folder, self.manifest.parts, names)
+        for name in names:
+            told = {key for key, kept in self.manifest.tensors.items() if kept.part == name}
+            if self._parts.keys(name) != told:
+                raise DamagedError(f"{self.folder / name}: holds other tensors than its manifest says")
 
     def unit(self, index: int) -> dict[str, Tensor]:
         """The state of one unit, on the CPU."""

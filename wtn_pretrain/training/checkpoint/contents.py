@@ -5,24 +5,8 @@ from pathlib import Path
 import torch
 
 from wtn_pretrain.checkpoint.contents import Kind, Wanted, described, tallied
-from wtn_pretrain.checkpoint.files import MANIFEST, dtype_of
-from wtn_pretrain.errors import UserError
-from wtn_pretrain.training.checkpoint.manifest import Manifest, check_parts, checkpoints_in, read_manifest
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoint at `path`, or those in the folders below it, the newest of a folder first.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (path / MANIFEST).exists() or (path.is_dir() and path in (found for _, found in checkpoints_in(path.parent))):
-        return [path]
-    folders = sorted({path, *(found.parent for found in path.rglob("step*") if found.is_dir())})
-    found = [one for folder in folders for _, one in checkpoints_in(folder)]
-    if not found:
-        raise UserError(f"{path}: holds no checkpoint of a training stage; give a folder stepN, or one above such folders")
-    return found
+from wtn_pretrain.checkpoint.files import dtype_of
+from wtn_pretrain.training.checkpoint.manifest import Manifest, check_parts, read_manifest
 
 
 def contents(folder: Path) -> tuple[Manifest, list[Kind]]:

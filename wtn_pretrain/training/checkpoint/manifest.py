@@ -79,9 +79,15 @@ class Manifest(Record):
     parts: dict[str, Part]
 
 
+def step_of(name: str) -> int | None:
+    """The step of the checkpoint in a folder of this name; None: it is none."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in `folder`, newest first, damaged or not."""
-    found = [(int(match[1]), path) for path in folder.glob("step*") if (match := _STEP.fullmatch(path.name)) and path.is_dir()]
+    found = [(step, path) for path in folder.glob("step*") if (step := step_of(path.name)) is not None and path.is_dir()]
     return sorted(found, reverse=True)
 
 

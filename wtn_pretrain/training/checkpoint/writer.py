@@ -38,8 +38,8 @@ class Writer:
         return f"part-{self._place.rank:05d}.safetensors"
 
     def continues(self, step: int) -> None:
-        """Says that the training goes on from the checkpoint of a step, which is kept until there are others."""
-        self._steps = [step]
+        """Says that the training goes on from the checkpoint of a step; later ones are damaged and do not count."""
+        self._steps = [found for found, _ in reversed(checkpoints_in(self.folder)) if found <= step]
 
     def start(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
         """Begins to write this rank's part, once the one before is written.
