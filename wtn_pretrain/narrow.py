@@ -311,11 +311,7 @@ class Narrow:
                 told = json.loads(store.get(f"errors-{span}"))
                 errors |= {int(unit): value for unit, value in told["errors"].items()}
         position = Position(*told["position"])
-        last = self.folder / "checkpoints" / position.name
-        with observer.waiting():
-            # replicas that have no errors to tell may still be writing
-            wait_for_rank(last.is_dir)
-        states, work = self._last(last)
+        states, work = self._last(self.folder / "checkpoints" / position.name)
         wide = self._load(["head"])
         thin = self.thin.build().to(device())
         maps = {self.pairing.student[unit]: state["exit.expand"] for unit, state in enumerate(states) if "exit.expand" in state}

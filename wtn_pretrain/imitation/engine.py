@@ -29,7 +29,7 @@ from wtn_pretrain.imitation.store import ActivationStore
 from wtn_pretrain.imitation.taught import Taught, TaughtUnit
 from wtn_pretrain.imitation.wiring import Wiring
 from wtn_pretrain.models.base import Carry, Flow, Taps
-from wtn_pretrain.parallel.launch import Place, shared_store
+from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
 from wtn_pretrain.parallel.preemption import Departure, Notice
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.training.monitor import Monitor
@@ -166,8 +166,11 @@ class Run:
         self._all_reported(self.total)
         self._close()
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
-        last = len(self.phases) - 1
-        return Position(last, self.phases[last].steps, str(self.wiring.plan), zero_stage(self.imitator.section))
+        last = Position(len(self.phases) - 1, self.phases[-1].steps, str(self.wiring.plan), zero_stage(self.imitator.section))
+        with self._observer.waiting():
+            # replicas may be late with their part of it
+            wait_for_rank(lambda: self.checkpoints.whole(last))
+        return last
 
     def _leave(self, step: int) -> None:
         """Ends the run here, unless a rank has gone on."""

@@ -64,7 +64,7 @@ class Monitor:
         self._step = self._start = start
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_beyond(folder / METRICS, stage, start)
+        _drop_beyond(folder / METRICS, stage, start, steps)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._events: Any = None
         if tensorboard:
@@ -227,11 +227,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_beyond(path: Path, stage: str, start: int) -> None:
-    """Rewrite `path` without the records of `stage` beyond `start` and without a line cut short by a crash."""
+def _drop_beyond(path: Path, stage: str, start: int, steps: int) -> None:
+    """Rewrite `path` without the records of `stage` beyond `start`, its validation after the last of `steps`, which follows every start,
+    and a line cut short by a crash."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["stage"] != stage or (start and record["step"] <= start)]
+
+    def stays(record: Mapping[str, Any]) -> bool:
+        last = record["kind"] == "valid" and record["step"] == steps
+        return record["stage"] != stage or (bool(start) and record["step"] <= start and not last)
+
+    kept = [record for record in read_metrics(path) if stays(record)]
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

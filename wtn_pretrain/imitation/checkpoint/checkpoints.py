@@ -170,6 +170,7 @@ class Checkpoints:
         try:
             switch_in(self.folder, position.name, joined([Manifest.model_validate_json(share) for share in shares]))
             write_text(self.folder / LATEST, json.dumps(position._asdict()))
+            self._store.set(f"whole-{position.name}", "yes")
         except (OSError, UserError) as error:
             raise cannot_write(self.folder, position.name, error) from None
         for (phase, step), path in checkpoints_in(self.folder):
@@ -177,6 +178,11 @@ class Checkpoints:
             before = (phase, step) < (position.phase, position.step)
             if before and path.name not in recent and not self._keep.for_good(self._starts[phase] + step):
                 shutil.rmtree(path, ignore_errors=True)
+
+    def whole(self, position: Position) -> bool:
+        """Whether a checkpoint of this start counts, or is the one that it has gone on from."""
+        found = self._stored is not None and self._stored.manifest.position.name == position.name
+        return found or self._store.check([f"whole-{position.name}"])
 
     def _done(self, position: Position) -> int:
         return self._starts[position.phase] + position.step
