@@ -80,6 +80,10 @@ class TrainSection(Section):
     """Steps between validations; 0: only at the end."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0: ten in a run."""
+    checkpoint_keep: int = Field(2, ge=1)
+    """How many of the last checkpoints stay; of one alone nothing is left if it is damaged."""
+    checkpoint_keep_every: int = Field(0, ge=0)
+    """After every so many steps there is a checkpoint that stays for good; 0: none."""
     log_every: int = Field(20, ge=1)
     """Steps between log records."""
     max_skipped: int = Field(3, ge=0)

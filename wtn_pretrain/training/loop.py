@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wtn_pretrain.checkpoint.keeping import keep_of, rhythm_of
 from wtn_pretrain.data.prefetch import on_device
 from wtn_pretrain.data.stream import Batch, batches
 from wtn_pretrain.device import RunAhead, device, peak_flops, peak_memory, to_device
@@ -109,7 +110,8 @@ class _Training:
         }
         self.guard = Guard(self.engine, network, section, stage, folder, self.stream)
         beside: dict[str, Stateful] = {"guard": self.guard, **({"average": self.average} if self.average else {})}
-        self.checkpoints = Checkpoints(folder / "checkpoints", self.engine, network, place, identity=identity, beside=beside)
+        keep = keep_of(section)
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.engine, network, place, identity=identity, beside=beside, keep=keep)
         self.start, self.spent = self.checkpoints.resume()
         work = Work(place.world_size, peak_flops(section.products), peak_memory)
         self.monitor = Monitor(folder, stage, section.steps, start=self.start, log_every=section.log_every, rank=place.rank, work=work)
@@ -117,7 +119,7 @@ class _Training:
     def go(self, departure: Departure | None) -> Trained:
         """Trains what is left, evaluates, and gathers the network."""
         section, last = self.section, self.section.steps
-        every = section.checkpoint_every or max(1, last // 10)
+        rhythm = rhythm_of(section, last)
         began = time.monotonic() - self.spent
         self.engine.train()
         step, settled = self.start, False
@@ -132,7 +134,8 @@ class _Training:
                 micro_batches = next(fetched)
                 pace.step()
             leaving = departure is not None and done < last and departure.due(done)
-            saving = leaving or (done % every == 0 and done < last)
+            # after the last step too: what follows may take as long as many steps
+            saving = leaving or rhythm.due(done)
             telling = done % section.log_every == 0 or done == last
             # whoever is late, the others are in a collective with it
             with self.watch.waiting() if settled else self.watch.allow(START, "step"):

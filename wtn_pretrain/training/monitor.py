@@ -67,7 +67,7 @@ class Monitor:
         self._step = self._start = start
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_beyond(folder / METRICS, stage, start, resumed=True)
+        _drop_beyond(folder / METRICS, stage, start, steps, resumed=True)
         self._folder = folder
         self._file = (folder / METRICS).open("ab", buffering=0)
         self._unwritten, self._warned = b"", False
@@ -135,7 +135,7 @@ class Monitor:
             return
         self._flush(last=True)
         self._file.close()
-        _drop_beyond(self._folder / METRICS, self._stage, start)
+        _drop_beyond(self._folder / METRICS, self._stage, start, self._steps)
         self._file = (self._folder / METRICS).open("ab", buffering=0)
         if self._events is not None:
             self._events.close()
@@ -280,8 +280,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_beyond(path: Path, stage: str, start: int, resumed: bool = False) -> None:
-    """Rewrite `path` without the records of `stage` beyond `start` and without a line cut short by a crash.
+def _drop_beyond(path: Path, stage: str, start: int, steps: int, resumed: bool = False) -> None:
+    """Rewrite `path` without the records of `stage` beyond `start`, its validation after the last of `steps`, which follows every start,
+    and a line cut short by a crash.
 
     `resumed`: what a start says that goes on from there; it has yet to go back there itself, if one did before it.
     """
@@ -291,7 +292,8 @@ def _drop_beyond(path: Path, stage: str, start: int, resumed: bool = False) -> N
     def stays(record: Mapping[str, Any]) -> bool:
         if record["stage"] != stage or record["step"] < start:
             return True
-        return bool(start) and record["step"] == start and not (resumed and record.get("name") == ROLLBACK)
+        again = (record["kind"] == "valid" and record["step"] == steps) or (resumed and record.get("name") == ROLLBACK)
+        return bool(start) and record["step"] == start and not again
 
     write_text(path, "".join(json.dumps(record) + "\n" for record in read_metrics(path) if stays(record)))
 

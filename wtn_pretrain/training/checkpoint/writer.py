@@ -2,21 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wtn_pretrain.checkpoint.endings import Ending, Endings
+from wtn_pretrain.checkpoint.files import part_of
+from wtn_pretrain.checkpoint.keeping import Keep
+from wtn_pretrain.checkpoint.together import Shares, draft_of, switch_in, tried
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import switch_folder, write_beside, write_text
+from wtn_pretrain.files import write_beside, write_text
 from wtn_pretrain.parallel.launch import Place, shared_store
-from wtn_pretrain.training.checkpoint.endings import Ending, Endings
-from wtn_pretrain.training.checkpoint.manifest import LATEST, Manifest, checkpoints_in, part_of, write_manifest
-from wtn_pretrain.training.monitor import say
-
-_KEPT = "the checkpoint before it is kept"
+from wtn_pretrain.training.checkpoint.manifest import LATEST, Manifest, checkpoints_in
 
 
 class Writer:
@@ -26,12 +25,12 @@ class Writer:
     said, and leaves what was there before.
     """
 
-    def __init__(self, folder: Path, place: Place, keep: int) -> None:
-        """`keep`: how many checkpoints are kept."""
+    def __init__(self, folder: Path, place: Place, keep: Keep) -> None:
+        """`keep`: which checkpoints are kept."""
         self.folder = folder
         self._place, self._keep = place, keep
-        self._store = shared_store(place)
-        self._endings = Endings(self._store)
+        store = shared_store(place)
+        self._shares, self._endings = Shares(store, place), Endings(store)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._steps: list[int] = []
@@ -43,8 +42,8 @@ class Writer:
         return f"part-{self._place.rank:05d}.safetensors"
 
     def continues(self, step: int) -> None:
-        """Says that the training goes on from the checkpoint of a step, which is kept until there are others."""
-        self._steps = [step]
+        """Says that the training goes on from the checkpoint of a step; later ones are damaged and do not count."""
+        self._steps = [found for found, _ in reversed(checkpoints_in(self.folder)) if found <= step]
 
     def start(self, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
         """Begins to write this rank's part, once the one before is written.
@@ -62,8 +61,7 @@ class Writer:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-        for ending in self._endings.news():
-            self._say(ending)
+        self._endings.hear()
 
     def close(self) -> None:
         """Returns when all ranks have written what was begun.
@@ -75,40 +73,28 @@ class Writer:
         if writing is not None:
             writing.result()
         self._thread.shutdown()
-        last = self._endings.last(self._say)
+        last = self._endings.last()
         if last and last.problem:
-            raise UserError(f"{last.problem}; {_KEPT}")
-
-    def _say(self, ending: Ending) -> None:
-        if ending.problem:
-            failed = f"{self._endings.failed} so far" if self._endings.failed > 1 else "the first"
-            say(f"{ending.problem}; {_KEPT}, and the training goes on to the next one ({failed})")
+            raise UserError(last.problem)
 
     def _write(self, number: int, manifest: Manifest, tensors: dict[str, Tensor], steps: list[int]) -> None:
-        step = manifest.step
-        draft = self.folder / f".step{step}.part"
-        problem, share = self._tried(step, lambda: self._share(draft, manifest, tensors))
-        shares = self._all_of(number, problem, share)
+        step, name = manifest.step, f"step{manifest.step}"
+        draft = draft_of(self.folder, name)
+        problem, share = tried(self.folder, name, lambda: self._share(draft, manifest, tensors))
+        shares = self._shares.tell(name, json.dumps((problem, share)))
         if shares is None:
             return
-        problem = next((theirs for theirs, _ in shares if theirs), "")
+        told = [json.loads(one) for one in shares]
+        problem = next((theirs for theirs, _ in told if theirs), "")
         if not problem:
-            everything = _joined([Manifest.model_validate_json(share) for _, share in shares])
-            problem, _ = self._tried(step, lambda: self._switch_in(draft, everything))
+            everything = _joined([Manifest.model_validate_json(share) for _, share in told])
+            problem, _ = tried(self.folder, name, lambda: self._switch_in(name, everything))
         if problem:
             shutil.rmtree(draft, ignore_errors=True)
         else:
-            self._remove_old(step, set([one for one in steps if one not in self._endings.lost(number)][-self._keep :]))
-        self._endings.tell(number, Ending(step, problem))
-
-    def _tried(self, step: int, work: Callable[[], str]) -> tuple[str, str]:
-        """Why `work` could not be done, if so, and what it gives."""
-        try:
-            return "", work()
-        except OSError as error:
-            return f"{self.folder}: checkpoint of step {step} cannot be written ({error.strerror})", ""
-        except UserError as error:
-            return str(error), ""
+            lost = self._endings.lost(number)
+            self._remove_old(step, self._keep.recent([one for one in steps if f"step{one}" not in lost]))
+        self._endings.tell(number, Ending(name, problem))
 
     def _share(self, draft: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> str:
         """Writes this rank's part; what it has to say of it."""
@@ -117,28 +103,16 @@ class Writer:
             manifest = manifest.model_copy(update={"parts": {self.part: part_of(draft / self.part)}})
         return manifest.model_dump_json()
 
-    def _switch_in(self, draft: Path, manifest: Manifest) -> str:
-        write_manifest(draft, manifest)
-        switch_folder(draft, self.folder / f"step{manifest.step}")
-        write_text(self.folder / LATEST, f"step{manifest.step}\n")
+    def _switch_in(self, name: str, manifest: Manifest) -> str:
+        switch_in(self.folder, name, manifest)
+        write_text(self.folder / LATEST, f"{name}\n")
         return ""
 
     def _remove_old(self, step: int, kept: set[int]) -> None:
         for other, path in checkpoints_in(self.folder):
             # those of later steps were damaged, and stand there until the training has come to them again
-            if other < step and other not in kept:
+            if other < step and other not in kept and not self._keep.for_good(other):
                 shutil.rmtree(path, ignore_errors=True)
-
-    def _all_of(self, number: int, problem: str, share: str) -> list[tuple[str, str]] | None:
-        """The problems and shares of all ranks in a write, for the last one to say so; None for the others."""
-        keys = [f"{number}-{rank}" for rank in range(self._place.world_size)]
-        self._store.set(keys[self._place.rank], json.dumps((problem, share)))
-        if self._store.add(str(number), 1) < self._place.world_size:
-            return None
-        shares = [json.loads(self._store.get(key)) for key in keys]
-        for key in keys:
-            self._store.delete_key(key)
-        return shares
 
 
 def _joined(shares: list[Manifest]) -> Manifest:

@@ -5,20 +5,21 @@ again; only the last one has to succeed.
 """
 
 import json
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch.distributed import Store
 
 from wtn_pretrain.parallel.launch import wait_for_rank
+from wtn_pretrain.training.monitor import say
 
 
 class Ending(NamedTuple):
     """How a save has ended."""
 
-    step: int
+    name: str
+    """Of the checkpoint."""
     problem: str
-    """Why it failed, in one line without its remedy; empty: it is whole."""
+    """Why it failed; empty: it is whole."""
 
 
 class Endings:
@@ -41,28 +42,32 @@ class Endings:
         """Says how a save has ended; for the last rank that had a part in it."""
         self._store.set(f"ended-{number}", json.dumps(ending))
 
-    def news(self) -> list[Ending]:
-        """The endings that have become known since this was last asked; waits for nobody."""
-        found = []
+    def hear(self) -> None:
+        """Says what has failed since this was last asked; waits for nobody."""
         while self._heard < self.begun and self._store.check([f"ended-{self._heard + 1}"]):
-            found.append(self._next())
-        return found
+            self._say(self._next())
 
-    def last(self, meanwhile: Callable[[Ending], object]) -> Ending | None:
-        """Waits until all saves have ended on all ranks; the last one's ending. `meanwhile` gets those before it that were not known."""
+    def last(self) -> Ending | None:
+        """Waits until all saves have ended on all ranks; the last one's ending. Those before it that were not known are said."""
         while self._heard < self.begun - 1:
             self._await(self._heard + 1)
-            meanwhile(self._next())
+            self._say(self._next())
         if not self.begun:
             return None
         self._await(self.begun)
         self._heard = self.begun
         return self._get(self.begun)
 
-    def lost(self, before: int) -> set[int]:
-        """The steps of which all saves with numbers below `before` have failed; all of those must have ended."""
+    def lost(self, before: int) -> set[str]:
+        """The names of which all saves with numbers below `before` have failed; all of those must have ended."""
         endings = [self._get(number) for number in range(1, before)]
-        return {ending.step for ending in endings if ending.problem} - {ending.step for ending in endings if not ending.problem}
+        return {ending.name for ending in endings if ending.problem} - {ending.name for ending in endings if not ending.problem}
+
+    def _say(self, ending: Ending) -> None:
+        """Says that a save has failed which was not the last, if it has; rank 0 does."""
+        if ending.problem:
+            failed = f"{self.failed} so far" if self.failed > 1 else "the first"
+            say(f"{ending.problem}, and the training goes on to the next one ({failed})")
 
     def _next(self) -> Ending:
         self._heard += 1
