@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from tests.faults.layouts import LAYOUTS, Layout, Runs
 from tests.running import Started, equal_bits, reached, records, steps_logged
-from wtn_pretrain.training.checkpoint.contents import contents
-from wtn_pretrain.training.checkpoint.manifest import checkpoints_in
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.verify import find
 
 SOURCE = Path(__file__).with_name("shim.c")
 DAY = 86_400
@@ -49,7 +49,7 @@ class Fault(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is broken in a run of stage 1, and how it ends."""
+    """What is broken in a run, and how it ends."""
 
     faults: tuple[Fault, ...]
     rank: int | None
@@ -79,6 +79,15 @@ CASES: dict[str, Case] = {
     "full where charts go": Case((Fault("write", errno.ENOSPC, "events.out", 0, 3),), 0, "wide, alone", "TensorBoard"),
     "full for the last saves": Case(
         tuple(Fault("write", errno.ENOSPC, f".step{step}.part/") for step in (70, 75, 80)), 0, "wide, alone", "No space left on device", 2
+    ),
+    "stage 2: full while a part is written": Case(
+        (Fault("write", errno.ENOSPC, ".phase0-step20.part/"),), 1, "narrow, 2 spans", "No space left on device"
+    ),
+    "stage 2: broken while a checkpoint is switched in": Case(
+        (Fault("rename", errno.EIO, "/.phase1-step10.part"),), None, "narrow, 2 replicas, ZeRO 1", "Input/output error"
+    ),
+    "stage 2: full for the last save": Case(
+        (Fault("write", errno.ENOSPC, ".phase1-step30.part/"),), 0, "narrow, 2 spans", "No space left on device", 2
     ),
     "not allowed at the start": Case((Fault("open", errno.EACCES, ".probe-"),), None, "wide, ZeRO 2", "run.folder", 2, False),
     "read-only at the start": Case((Fault("mkdir", errno.EROFS, "runs"),), None, "wide, alone", "Read-only file system", 2, False),
@@ -189,11 +198,14 @@ def _said(started: Started, stage: str) -> list[str]:
 
 def _kept(folder: Path) -> list[str]:
     """What of the checkpoints that stand there is damaged; one must stand there."""
-    found = checkpoints_in(folder)
-    problems = [] if found else [f"{folder}: no checkpoint is left"]
-    for _, path in found:
+    try:
+        found = find(folder)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for path, look in found:
         try:
-            contents(path)
+            look(path)
         except Exception as error:
             problems.append(str(error))
     return problems
