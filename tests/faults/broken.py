@@ -70,7 +70,9 @@ CASES: dict[str, Case] = {
         tuple(Fault("write", errno.ENOSPC, f".step{step}.part/") for step in (30, 35, 40)), 0, "wide, alone", "No space left on device"
     ),
     "broken while a part is made durable": Case((Fault("fsync", errno.EIO, ".step30.part/"),), 0, "wide, ZeRO 2", "Input/output error"),
-    "broken while a checkpoint is switched in": Case((Fault("rename", errno.EIO, "/.step30.part"),), 1, "wide, ZeRO 2", ""),
+    "broken while a checkpoint is switched in": Case(
+        (Fault("rename", errno.EIO, ".step30.part>"),), None, "wide, ZeRO 2", "Input/output error"
+    ),
     "broken while any file is switched in": Case((Fault("rename", errno.EIO, ".step30.part"),), 0, "wide, alone", "Input/output error"),
     "read-only for a save": Case(
         (Fault("mkdir", errno.EROFS, ".step30.part"), Fault("open", errno.EROFS, ".step30.part")), 0, "wide, alone", "Read-only file system"

@@ -1,7 +1,7 @@
 /* Faults on purpose, for LD_PRELOAD.
 
    FAULTS: call:errno:path:skip:count, several of them after semicolons. Calls named `call` (open for writing, write, fsync, rename,
-   mkdir) on files whose path has `path` in it fail with `errno`, after `skip` of them and for `count` of them (-1: for ever).
+   mkdir) on files whose path (of a renaming: FROM>TO) has `path` in it fail with `errno`, after `skip` of them and for `count` of them (-1: for ever).
    FAULTY_RANK: only where RANK is this one.
    FAULTY_CLOCK: seconds by which the wall clock is ahead, and a second later behind, and so on. */
 #define _GNU_SOURCE
@@ -148,17 +148,24 @@ int fdatasync(int file)
     return plain(file);
 }
 
+static int due_on_both(const char *from, const char *to)
+{
+    char both[8192];
+    snprintf(both, sizeof both, "%s>%s", from, to);
+    return due("rename", both);
+}
+
 int rename(const char *from, const char *to)
 {
     PLAIN(int, rename, const char *, const char *);
-    FAIL_IF(due("rename", from));
+    FAIL_IF(due_on_both(from, to));
     return plain(from, to);
 }
 
 int renameat(int before, const char *from, int after, const char *to)
 {
     PLAIN(int, renameat, int, const char *, int, const char *);
-    FAIL_IF(due("rename", from));
+    FAIL_IF(due_on_both(from, to));
     return plain(before, from, after, to);
 }
 
