@@ -86,7 +86,7 @@ CASES: dict[str, Case] = {
         (Fault("write", errno.ENOSPC, ".phase0-step20.part/"),), 1, "narrow, 2 spans", "No space left on device"
     ),
     "stage 2: broken while a checkpoint is switched in": Case(
-        (Fault("rename", errno.EIO, "/.phase1-step10.part"),), None, "narrow, 2 replicas, ZeRO 1", "Input/output error"
+        (Fault("rename", errno.EIO, ".phase1-step10.part>"),), None, "narrow, 2 replicas, ZeRO 1", "Input/output error"
     ),
     "stage 2: full for the last save": Case(
         (Fault("write", errno.ENOSPC, ".phase1-step30.part/"),), 0, "narrow, 2 spans", "No space left on device", 2
