@@ -21,11 +21,11 @@ def test_a_training_that_goes_well_has_no_spikes() -> None:
 
 def test_a_jump_is_told_once_and_by_how_much() -> None:
     spikes = Spikes(8)
-    losses = [1.0, 1.1] * 20
+    losses = [1.0, 1.05, 1.1] * 15
     assert not any(spikes.take(loss) for loss in losses)
     jump = spikes.take(3.0)
     assert jump is not None and (jump.loss, jump.median) == (3.0, pytest.approx(1.05))
-    # the median absolute deviation of two values is half of their distance
+    # of three values as far apart, the median absolute deviation is their distance
     assert jump.deviations == pytest.approx((3.0 - 1.05) / (NORMAL * 0.05))
     assert spikes.take(3.2) is None
     assert spikes.take(1.0) is None
