@@ -109,7 +109,7 @@ def timed(place: Place, model: str, settings: Mapping[str, Any]) -> list[float]:
         return take(training, number, *arguments)
 
     switches: dict[int, Switch] = {}
-    loop._Training._step = step  # type: ignore[method-assign]
+    loop._Training._step = step  # type: ignore[method-assign, assignment]
     section = TrainSection(
         steps=steps * count + 1,
         batch_size=batch * place.world_size,

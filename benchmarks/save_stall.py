@@ -74,7 +74,7 @@ def timed(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
         return found
 
     task.loss = loss  # type: ignore[method-assign]
-    Checkpoints.save = saved  # type: ignore[method-assign]
+    Checkpoints.save = saved  # type: ignore[method-assign, assignment]
     every, count = settings["every"], 2 * settings["pairs"] + WARM
     section = TrainSection(
         steps=every * (count + 1) + 1,
