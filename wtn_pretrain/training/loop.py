@@ -157,7 +157,8 @@ class _Training:
                     continue
             if section.evaluate_every and done % section.evaluate_every == 0 and done < last:
                 self.monitor.evaluated(done, self._evaluated())
-            if saving:
+            # while steps are left out, those before them are what is worth keeping
+            if saving and (leaving or done == last or not self.guard.in_a_row):
                 with self.watch.allow(SAVE, "save"):
                     saved = self.checkpoints.save(done, time.monotonic() - began)
                 self.monitor.event("checkpoint", step=done, **saved._asdict())
