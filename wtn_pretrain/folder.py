@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import yaml
 from wtn_pretrain.config import read_yaml
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
+
+NETWORK, CHECKSUM = "model.safetensors", "model_sha256"
 
 
 class RunFolder:
@@ -82,13 +85,41 @@ class RunFolder:
 
     @staticmethod
     def finish(stage: Path, result: dict[str, Any]) -> dict[str, Any]:
+        """Says that a stage is done, what it reports, and what its network looks like to the byte."""
+        result = {**result, CHECKSUM: _sha256(stage / NETWORK)}
         write_text(stage / "done.json", json.dumps(result, indent=2) + "\n")
         return result
+
+    @staticmethod
+    def check_network(stage: Path) -> str | None:
+        """Reads the network of a finished stage whole; its checksum, or None if the stage has told none.
+
+        Raises:
+            UserError: it is not as the stage has left it.
+        """
+        told = (RunFolder.result(stage) or {}).get(CHECKSUM)
+        if told is None:
+            return None
+        if _sha256(stage / NETWORK) != told:
+            raise UserError(
+                f"{stage / NETWORK}: is not as the stage left it (its sha256 differs from that in done.json); put the file back, or remove "
+                f"{stage / 'done.json'} and run the stage again, which goes on from its last checkpoint"
+            )
+        return told
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage again") from None
 
 
 # where a run lies, how it looks, saves, is laid out over ranks and exported may change from one start to the next; what it computes may not
 _FREE = re.compile(
-    r"run\.(folder|kernels|time_limit)|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every|patience)"
+    r"run\.(folder|kernels|time_limit)|export\..*|data\.workers"
+    r"|.*\.(log_every|checkpoint_every|checkpoint_keep|checkpoint_keep_every|evaluate_every|patience|max_skipped)"
     r"|(wide|finetune)\.(deepspeed|micro_batch_size|tensor_parallel|sequence_parallel|checkpoint_activations|compile)"
     r"|narrow\.(plan|in_flight|trace|offload|offload_batches)"
 )

@@ -40,6 +40,7 @@ def run_method(stages: Stages) -> Summary | None:
         return None
     say("exporting " + ", ".join(recipe.export.formats))
     start = stages.seed_folder("finetune", recipe.compare.seeds[0])
+    stages.folder.check_network(start)
     thin = load_network(start)
     origin = describe(recipe, stages.folder.path, "finetune", stages.task, {"model.safetensors": digest(start / "model.safetensors")})
     written = export_network(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export, origin)
@@ -86,6 +87,7 @@ def evaluate_run(stages: Stages) -> None:
                 continue
             folder = stages.seed_folder(stage, None if stage == "wide" else seed)
             if stages.folder.result(folder):
+                stages.folder.check_network(folder)
                 score = evaluate(load_network(folder).to(device()), stages.task)
                 print(
                     f"{folder.relative_to(stages.folder.path)}: {metric.name} {score['metric']:.2f} {metric.unit}, loss {score['loss']:.4f}"

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from tests.distributed.test_preemption import LONG
-from tests.running import BERT, Forge, equal_bits, losses, recipe, steps_logged, weights, write_recipe
+from tests.running import BERT, Forge, equal_bits, losses, reached, recipe, weights, write_recipe
 from wtn_pretrain.parallel.watch import CONTINUES, CULPRIT_EXIT
 
 pytestmark = pytest.mark.slow
@@ -46,10 +46,7 @@ def test_a_lost_rank_is_named(
     config = write_recipe(tmp_path / "recipe.yaml", recipe(BERT, EVERY))
     stage = tmp_path / "runs" / "bert" / "wide"
     started = forge.start("train_wide.py", config, ranks=2)
-    deadline = time.monotonic() + 90
-    while max(steps_logged(stage), default=0) < 40:
-        assert not started.ended() and time.monotonic() < deadline, started.stderr()[-4000:]
-        time.sleep(0.005)
+    reached(started, stage, 40)
     began = time.monotonic()
     started.kill(culprit, by=by)
     codes = started.codes()

@@ -28,6 +28,7 @@ def test_what_computes_the_same_continues_the_run(tmp_path: Path) -> None:
     for section, change in (
         ("run", {"name": "x", "folder": "elsewhere"}),
         ("wide", {"steps": 3, "log_every": 5}),
+        ("wide", {"steps": 3, "log_every": 1, "checkpoint_every": 7, "checkpoint_keep": 3, "checkpoint_keep_every": 100}),
         ("compare", {"seeds": [0, 1]}),
         ("export", {"formats": ["onnx"]}),
     ):
@@ -62,3 +63,21 @@ def test_a_mistake_does_not_claim_the_folder(tmp_path: Path, capsys: pytest.Capt
     assert stopped.value.code == 2
     assert "/nowhere" in capsys.readouterr().err
     assert not (tmp_path / "x" / "config.yaml").exists()
+
+
+def test_a_network_that_is_not_as_its_stage_left_it_is_refused(tmp_path: Path) -> None:
+    network = tmp_path / "model.safetensors"
+    network.write_bytes(bytes(1000))
+    told = RunFolder.finish(tmp_path, {"metric": 1.0})
+    assert RunFolder.result(tmp_path) == told
+    assert RunFolder.check_network(tmp_path) == told["model_sha256"]
+    network.write_bytes(bytes(999) + b"\1")
+    with pytest.raises(UserError, match=r"model.safetensors: is not as the stage left it .*; put the file back, or remove .*done.json"):
+        RunFolder.check_network(tmp_path)
+    network.unlink()
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be read \(No such file"):
+        RunFolder.check_network(tmp_path)
+    # a stage that finished before checksums were told, or has not
+    (tmp_path / "done.json").write_text("{}")
+    assert RunFolder.check_network(tmp_path) is None
+    assert RunFolder.check_network(tmp_path / "nothing") is None
