@@ -8,6 +8,7 @@ import yaml
 from wtn_pretrain.cli import main
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.folder import RunFolder
+from wtn_pretrain.parallel import launch
 
 OLD = {
     "run": {"name": "x", "folder": "runs"},
@@ -51,8 +52,10 @@ def test_other_work_is_refused_by_key(section: str, change: dict, words: str, tm
         claimed(tmp_path).check(yaml.safe_dump({**OLD, section: change}))
 
 
-def test_a_mistake_does_not_claim_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_does_not_claim_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The corrected command may use the same name."""
+    # other tests of this process go on in its group
+    monkeypatch.setattr(launch, "stop_ranks", lambda: None)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "run: {name: x}\nmodel: {family: resnet, block: basic, stem: cifar, channels: [4], depths: [1]}\n"

@@ -32,7 +32,9 @@ def load(path: str | Path, *, stage: str | None = None, pickles: bool = False, i
         done = [name for name in ("finetune", "narrow", "wide", "scratch") if RunFolder.result(place / name)]
         if stage is None and not done:
             raise UserError(f"{place}: no stage of this run has finished; run scripts/run.py first")
-        return load_network(place / (stage or done[0]))
+        found = place / (stage or done[0])
+        RunFolder.check_network(found)
+        return load_network(found)
     network = open_foreign(place, pickles, image_size).network()
     forget_foreign()
     return network

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.files import digest, read, read_folder, read_state
+from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.models.bert import megatron
 from wtn_pretrain.models.conversion import convert
@@ -97,6 +98,7 @@ def _stamp(place: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _ours(stage: Path) -> Foreign:
+    RunFolder.check_network(stage)
     network = load_network(stage)
     tokenizer = stage.parent / "data" / "tokenizer"
     state = {name: value.detach() for name, value in network.state_dict().items()}
