@@ -5,17 +5,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from wtn_pretrain.again import AGAIN, mark, unmark
 from wtn_pretrain.config import describe
-from wtn_pretrain.errors import Preempted, UserError
+from wtn_pretrain.errors import CannotMeet, Preempted, UserError
 
 if TYPE_CHECKING:
     from wtn_pretrain.stages import Stages
 
 USAGE_ERROR = 2
-AGAIN = 75
-"""The exit code of a run that was left early and continues with the same command (EX_TEMPFAIL)."""
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -50,10 +50,15 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
     """Reads the recipe, starts the ranks, does `work` and exits: 0, or 2 with one line on standard error for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
     code = 0
+    folder: Path | None = None
     try:
         if any(argument in ("-h", "--help") for argument in argv):
             print(_help(purpose))
             sys.exit(0)
+        from wtn_pretrain.parallel.launchers import find_start
+
+        # first of all, so that of many ranks one alone says what is wrong
+        start = find_start()
         dry_run = "--dry-run" in argv
         config, assignments = split_arguments([argument for argument in argv if argument != "--dry-run"])
         if config is None:
@@ -61,28 +66,37 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         if dry_run:
             from wtn_pretrain.planning.command import dry_run as shown
 
-            if os.environ.get("RANK", "0") == "0":
-                print(shown(config, assignments, int(os.environ.get("WORLD_SIZE", "1"))))
+            if start.rank == 0:
+                print(shown(config, assignments, start.world_size))
             sys.exit(0)
         from wtn_pretrain.recipe import load_recipe
 
         recipe = load_recipe(config, assignments)
-        from wtn_pretrain.parallel.launch import start_ranks
+        from wtn_pretrain.parallel.launch import describe_ranks, start_ranks
         from wtn_pretrain.parallel.preemption import Notice
         from wtn_pretrain.stages import Stages
 
         with contextlib.closing(Notice(60 * recipe.run.time_limit)) as notice:
-            work(Stages(recipe, start_ranks(), notice))
+            place = start_ranks(start)
+            if place.rank == 0:
+                print(describe_ranks(), flush=True)
+            stages = Stages(recipe, place, notice)
+            folder = stages.folder.path
+            if place.rank == 0:
+                unmark(folder)
+            work(stages)
     except UserError as error:
         from wtn_pretrain.parallel.launch import first_to_fail
 
-        # most mistakes are met by every rank, and some by one alone: the first says it
-        if first_to_fail():
+        # most mistakes are met by every rank, and some by one alone: the first says it; of those who meet nobody, one on each host
+        if first_to_fail() or (isinstance(error, CannotMeet) and os.environ.get("LOCAL_RANK") == "0"):
             print(f"error: {error}", file=sys.stderr)
         code = USAGE_ERROR
     except Preempted as reason:
         if os.environ.get("RANK", "0") == "0":
             print(f"{reason}; the same command continues", file=sys.stderr)
+            if folder is not None:
+                mark(folder, str(reason))
         code = AGAIN
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
