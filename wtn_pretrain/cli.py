@@ -93,10 +93,14 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
             print(f"error: {error}", file=sys.stderr)
         code = USAGE_ERROR
     except Preempted as reason:
+        from wtn_pretrain.parallel.launch import after_the_first
+
         if os.environ.get("RANK", "0") == "0":
             print(f"{reason}; the same command continues", file=sys.stderr)
             if folder is not None:
                 mark(folder, str(reason))
+        # some launchers end the others as soon as one has left
+        after_the_first()
         code = AGAIN
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)

@@ -137,18 +137,26 @@ def another_failed() -> bool:
         return True
 
 
+def after_the_first(seconds: float = 5.0) -> None:
+    """Called by all ranks: rank 0 passes, and the others after it, or after so many seconds."""
+    if not _together():
+        return
+    store, deadline = _store(), time.monotonic() + seconds
+    with contextlib.suppress(torch.distributed.DistError):
+        if _rank() == 0:
+            store.set("first-passed", "yes")
+        while not store.check(["first-passed"]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
 def stop_ranks() -> None:
     """Leaves the process group, if this process is in one. Rank 0 stays until all have seen how it ended."""
-    global _met
     if not _together():
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return
-    store = _store()
-    if _met is not None:
-        rank, ranks = _met.start.rank, _met.start.world_size
-    else:
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    store, rank = _store(), _rank()
+    ranks = _met.start.world_size if _met is not None else torch.distributed.get_world_size()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     with contextlib.suppress(torch.distributed.DistError):
@@ -219,6 +227,10 @@ def _together() -> bool:
     if _met is not None:
         return _met.start.world_size > 1
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def _rank() -> int:
+    return _met.start.rank if _met is not None else torch.distributed.get_rank()
 
 
 def _store() -> torch.distributed.Store:
