@@ -35,8 +35,9 @@ class Host:
 
     def __init__(self, name: str, address: str, folder: Path, setup: str) -> None:
         self.name, self.address = name, address
+        script = f"hostname {name}; mount --bind {folder}/hosts /etc/hosts; ip link set lo up; {setup} echo ready; "
         # bash buries whatever is left to it
-        script = f"hostname {name}; mount --bind {folder}/hosts /etc/hosts; ip link set lo up; {setup} echo ready; while :; do read -t 3600; done"
+        script += "while :; do read -t 3600; done"
         self._process = subprocess.Popen(
             ["unshare", "--net", "--uts", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child", "bash", "-c", script],
             stdin=subprocess.PIPE,

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import queue
 import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -44,7 +46,10 @@ def meet(start: Start, seconds: float) -> torch.distributed.Store:
         _await(start, seconds)
     left = timedelta(seconds=max(5.0, seconds - (time.monotonic() - began)))
     try:
-        store, _, _ = next(rendezvous("env://", timeout=left))
+        store = _within(left.total_seconds() + 5, left)
+        if store is None:
+            # what answers there is no store
+            raise _missed(start, seconds, "another program has the port") if not keeps else _taken(start.port)
         # two ranks of the same number would take each other's messages
         if store.add(f"came-{start.rank}", 1) > 1:
             raise CannotMeet(f"rank {start.rank} at {start.master} is there twice: another run has this port; give each its own: {PORTS}")
@@ -58,6 +63,26 @@ def meet(start: Start, seconds: float) -> torch.distributed.Store:
             ) from None
         raise _missed(start, seconds, _first_line(error)) from None
     return store
+
+
+def _within(seconds: float, timeout: timedelta) -> torch.distributed.Store | None:
+    """torch's store; None after so many seconds, since it waits for ever for who takes its connection and says nothing."""
+    ended: queue.SimpleQueue[torch.distributed.Store | Exception] = queue.SimpleQueue()
+
+    def make() -> None:
+        try:
+            ended.put(next(rendezvous("env://", timeout=timeout))[0])
+        except Exception as error:
+            ended.put(error)
+
+    threading.Thread(target=make, name="rendezvous", daemon=True).start()
+    try:
+        found = ended.get(timeout=seconds)
+    except queue.Empty:
+        return None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _require_free(port: int) -> None:
