@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from wtn_pretrain.again import AGAIN, mark, unmark
 from wtn_pretrain.config import describe
-from wtn_pretrain.errors import CannotMeet, Preempted, UserError
+from wtn_pretrain.errors import Preempted, UserError
 
 if TYPE_CHECKING:
     from wtn_pretrain.stages import Stages
@@ -88,8 +88,8 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
     except UserError as error:
         from wtn_pretrain.parallel.launch import first_to_fail
 
-        # most mistakes are met by every rank, and some by one alone: the first says it; of those who meet nobody, one on each host
-        if first_to_fail() or (isinstance(error, CannotMeet) and os.environ.get("LOCAL_RANK") == "0"):
+        # most mistakes are met by every rank, and some by one alone: the first says it
+        if first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         code = USAGE_ERROR
     except Preempted as reason:

@@ -7,7 +7,3 @@ class UserError(ValueError):
 
 class Preempted(Exception):
     """A stage was left early, on demand, with all that it has done kept: the same command continues it."""
-
-
-class CannotMeet(UserError):
-    """A mistake that keeps a rank from the others, so that it cannot leave the word to one of them."""

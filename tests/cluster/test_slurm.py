@@ -141,11 +141,12 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Slurm, tmp_path: Pat
 
 @pytest.mark.parametrize("how", ["signal", "requeue"])
 def test_a_preempted_job_continues_bit_for_bit(how: str, cluster: Slurm, forge: Forge, tmp_path: Path) -> None:
-    """Told by the signal that Slurm sends ahead of a limit, or taken from its nodes and put back by Slurm itself."""
+    """Told by the signal that Slurm sends ahead of a limit, or taken from its nodes and put back by Slurm itself; either reaches all
+    processes, those that load data too."""
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
-        write_recipe(folder / "recipe.yaml", recipe(BERT, LONG))
+        write_recipe(folder / "recipe.yaml", recipe(BERT, {**LONG, "data.workers": 1}))
     job = sbatch(cluster, there, "wide")
     until_step(cluster, there, job, 20)
     if how == "signal":

@@ -46,8 +46,8 @@ def start_ranks(start: Start | None = None) -> Place:
     """Meets the other ranks, initialises DeepSpeed's communication once and returns this rank's place. `start`: as `find_start` has it.
 
     Raises:
-        CannotMeet: rank 0's port is taken, its host is not reached, or not all ranks come within `join_seconds`.
-        UserError: this rank's code or versions are not those of rank 0, or its host has fewer devices than ranks.
+        UserError: rank 0's port is taken, its host is not reached, not all ranks come within `join_seconds`, this rank's code or versions
+            are not those of rank 0, or its host has fewer devices than ranks.
     """
     global _met
     if not torch.accelerator.is_available():
@@ -120,9 +120,10 @@ def _require_same_code(start: Start, store: torch.distributed.Store) -> int:
 
 
 def first_to_fail() -> bool:
-    """Marks that this rank gives up over a user's mistake; whether it is the first, which says why."""
+    """Marks that this rank gives up over a user's mistake; whether it is to say why: the first one, or before they have met one a host."""
     if not _together():
-        return os.environ.get("RANK", "0") == "0"
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        return "0" in (rank, os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or rank)
     return _store().add("failed", 1) == 1
 
 

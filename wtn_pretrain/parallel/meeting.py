@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
-from wtn_pretrain.errors import CannotMeet, UserError
+from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launchers import Start, host_name
 
 PORTS = "--master_port (deepspeed), --master-port (torchrun), MASTER_PORT (srun)"
@@ -33,10 +33,8 @@ def meet(start: Start, seconds: float) -> torch.distributed.Store:
     """The store that all ranks of `start` share, once every one of them has come.
 
     Raises:
-        CannotMeet: one line that says which rank misses whom, and the remedy.
+        UserError: one line that says which rank misses whom, and the remedy.
     """
-    if start.world_size == 1:
-        return torch.distributed.HashStore()
     # torchrun keeps the store itself
     keeps = start.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     began = time.monotonic()
@@ -52,12 +50,12 @@ def meet(start: Start, seconds: float) -> torch.distributed.Store:
             raise _missed(start, seconds, "another program has the port") if not keeps else _taken(start.port)
         # two ranks of the same number would take each other's messages
         if store.add(f"came-{start.rank}", 1) > 1:
-            raise CannotMeet(f"rank {start.rank} at {start.master} is there twice: another run has this port; give each its own: {PORTS}")
+            raise UserError(f"rank {start.rank} at {start.master} is there twice: another run has this port; give each its own: {PORTS}")
     except torch.distributed.DistError as error:
         if _in_use(error):
             raise _taken(start.port) from None
         if keeps:
-            raise CannotMeet(
+            raise UserError(
                 f"not all of the {start.world_size} ranks have come to {start.master} within {seconds:g} s ({_first_line(error)}); "
                 "see what the others say, and whether this host accepts connections"
             ) from None
@@ -91,7 +89,7 @@ def _require_free(port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise _taken(port) from None
-        raise CannotMeet(f"port {port} of {host_name()}: {error.strerror}; give another: {PORTS}") from None
+        raise UserError(f"port {port} of {host_name()}: {error.strerror}; give another: {PORTS}") from None
 
 
 def _await(start: Start, seconds: float) -> None:
@@ -109,15 +107,15 @@ def _await(start: Start, seconds: float) -> None:
         pause = min(1.5 * pause, 1.0)
 
 
-def _missed(start: Start, seconds: float, reason: str) -> CannotMeet:
-    return CannotMeet(
+def _missed(start: Start, seconds: float, reason: str) -> UserError:
+    return UserError(
         f"rank {start.rank} on {host_name()} has not reached rank 0 at {start.master} within {seconds:g} s ({reason}); "
         "see what rank 0 says, and whether MASTER_ADDR and MASTER_PORT name its host and an open port"
     )
 
 
-def _taken(port: int) -> CannotMeet:
-    return CannotMeet(f"port {port} of {host_name()}, where the ranks are to meet, is taken by another process; give another: {PORTS}")
+def _taken(port: int) -> UserError:
+    return UserError(f"port {port} of {host_name()}, where the ranks are to meet, is taken by another process; give another: {PORTS}")
 
 
 def _in_use(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wtn_pretrain.errors import CannotMeet, UserError
+from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.alike import difference, identity
 from wtn_pretrain.parallel.launchers import Start, device_index, expand_hosts, find_start, host_name
 from wtn_pretrain.parallel.meeting import join_seconds, meet
@@ -132,10 +132,10 @@ def test_what_differs_between_two_checkouts(tmp_path: Path) -> None:
 def test_a_port_that_another_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         start = Start("hand", 0, 0, 2, "127.0.0.1", taken.getsockname()[1])
-        with pytest.raises(CannotMeet, match=f"port {start.port} of .* is taken by another process; give another"):
+        with pytest.raises(UserError, match=f"port {start.port} of .* is taken by another process; give another"):
             meet(start, 5)
     # nobody is there any more
-    with pytest.raises(CannotMeet, match=f"rank 1 on .* has not reached rank 0 at 127.0.0.1:{start.port} within 0.1 s"):
+    with pytest.raises(UserError, match=f"rank 1 on .* has not reached rank 0 at 127.0.0.1:{start.port} within 0.1 s"):
         meet(start._replace(rank=1), 0.1)
     monkeypatch.setenv("WTN_JOIN_SECONDS", "soon")
     with pytest.raises(UserError, match="WTN_JOIN_SECONDS: 'soon' is not a number above 0"):
