@@ -15,5 +15,5 @@ if [ ${#missing[@]} -gt 0 ]; then
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 source scripts/setup.sh test
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export WTN_CLUSTER=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 exec "$PYTHON" -m pytest tests/cluster "$@"

@@ -21,7 +21,7 @@ CPUS = 4
 def why_no_slurm() -> str:
     """Why there can be no Slurm here; empty: there can."""
     missing = [name for name in NEEDS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
-    return f"{missing[0]} is not installed (bash scripts/cluster_tests.sh installs it)" if missing else why_not()
+    return why_not() or (f"{missing[0]} is not installed; bash scripts/cluster_tests.sh installs it" if missing else "")
 
 
 CONFIG = """

@@ -20,7 +20,7 @@ SSHD = "/usr/sbin/sshd"
 def why_no_hosts() -> str:
     """Why these tests cannot run here; empty: they can."""
     if not Path(SSHD).exists() or shutil.which("pdsh") is None:
-        return "openssh-server or pdsh is not installed (bash scripts/cluster_tests.sh installs them)"
+        return why_not() or "openssh-server or pdsh is not installed; bash scripts/cluster_tests.sh installs them"
     return why_not()
 
 

@@ -81,11 +81,11 @@ def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytes
     ("arguments", "message"),
     [
         (["--stage", "imitate", "--narrow.plan=0-1,2-3x3", "--nodes", "1", "--ranks-per-node", "3"], "is for 4 ranks and this run has 3"),
-        (["--narrow.plan=0-1,2-3x3", "--nodes", "3"], "is for 4 ranks and this run has 3"),
+        (["--stage", "imitate", "--narrow.plan=0-1,2-3x3", "--nodes", "3"], "is for 4 ranks and this run has 3"),
         (["--stage", "wide", "--nodes", "3"], "wide.batch_size: 16 cannot be split into equal micro-batches over 24 data ranks; 16 ranks"),
         (["--stage", "wide", "--wide.micro_batch_size=4"], "micro-batches of 4 over 8 data ranks; 4 ranks would fit"),
         (["--stage", "finetune", "--finetune.tensor_parallel=2", "--ranks-per-node", "3"], "finetune.tensor_parallel: 2 does not divide 3"),
-        (["--stage", "imitate", "--ranks-per-node", "32"], "use fewer ranks"),
+        (["--stage", "imitate", "--ranks-per-node", "4096"], "use fewer ranks"),
         (["--chain", "--vary", "run.seed=0,1"], "--chain, --vary"),
         (["--vary", "seed=1"], "write SECTION.KEY=VALUE,VALUE"),
         (["--option", "exclusive"], "write NAME=VALUE"),
