@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
     argv = sys.argv[1:] if argv is None else argv
     code = 0
     folder: Path | None = None
+    # a job may be told to end while its ranks still import: kept for the notice
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         if any(argument in ("-h", "--help") for argument in argv):
             print(_help(purpose))
@@ -77,6 +80,7 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         from wtn_pretrain.stages import Stages
 
         with contextlib.closing(Notice(60 * recipe.run.time_limit)) as notice:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
             place = start_ranks(start)
             if place.rank == 0:
                 print(describe_ranks(), flush=True)
@@ -112,6 +116,8 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         if not another_failed():
             raise
         code = USAGE_ERROR
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     from wtn_pretrain.parallel.launch import stop_ranks
 
     stop_ranks()
