@@ -1,9 +1,11 @@
 """The ranks' first meeting: the store that rank 0 keeps and all others find, or one line on why they do not."""
 
+import atexit
 import errno
 import os
 import queue
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -77,10 +79,18 @@ def _within(seconds: float, timeout: timedelta) -> torch.distributed.Store | Non
     try:
         found = ended.get(timeout=seconds)
     except queue.Empty:
+        # torch's thread would abort the process if it came back while the interpreter ends
+        atexit.register(_leave)
         return None
     if isinstance(found, Exception):
         raise found
     return found
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _require_free(port: int) -> None:
