@@ -14,6 +14,7 @@ from wtn_pretrain.exchange.files import digest
 from wtn_pretrain.exchange.write import export_network
 from wtn_pretrain.models.base import BlockConfig, parameter_count
 from wtn_pretrain.models.store import load_network
+from wtn_pretrain.planning.fit import require_fit
 from wtn_pretrain.report.html import write_report
 from wtn_pretrain.report.latency import measure_latency
 from wtn_pretrain.report.summary import Arm, Metric, Summary, Training, WinArm, gain, write_summary
@@ -29,6 +30,9 @@ def run_method(stages: Stages) -> Summary | None:
     All ranks train; what follows is the first one's business, and the others return None.
     """
     recipe = stages.recipe
+    # what the last stage cannot do with these ranks is said before the first one begins
+    counts = stages.task.forward_flops(stages.thin), stages.task.forward_flops(stages.wide_shape)
+    require_fit(recipe, stages.thin, stages.wide_shape, stages.pairing, counts, stages.task.length, stages.place.world_size)
     wide = stages.wide()
     narrow, finetune, scratch = [], [], []
     for seed in recipe.compare.seeds:

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch.distributed
 
+from wtn_pretrain.again import AGAIN
 from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.parallel.circle import Seat, join
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.verdict import ALL, Beat, Pace, Verdict, state_of, this_process
 
-CULPRIT_EXIT = 75
-"""The exit code of a run that one of its ranks has ended (EX_TEMPFAIL): the same command continues it."""
+CULPRIT_EXIT = AGAIN
+"""The exit code of a run that one of its ranks has ended: the same command continues it."""
 MISTAKE_EXIT = 2
 INTERRUPT_EXIT = 128 + signal.SIGINT
 TERM_EXIT = 128 + signal.SIGTERM
