@@ -103,6 +103,7 @@ class _Training:
             "samples": len(task.train),
             "batch_size": section.batch_size,
             "optimizer": section.optimizer.name,
+            **task.identity,
         }
         beside = {"average": self.average} if self.average else {}
         self.checkpoints = Checkpoints(folder / "checkpoints", self.engine, network, place, identity=identity, beside=beside)
