@@ -12,7 +12,8 @@ Masking: rows of 128 tokens in batches of 256, in one process. Theirs: a `DataLo
   `masking_ratio` is their time over ours.
 Images: 224-pixel random crops, flipped, normalised, of a folder of JPEGs, in `--workers` processes. Plain: `DataLoader` over a dataset
   that opens, crops, flips and converts each with Pillow and numpy. `image_ratio` is our rate over theirs.
-Opening: a token file of `--open-gb` (sparse) is opened and one row of it read: `open_seconds`, and by how much memory grew.
+Opening: a token file of `--open-gb` (sparse) is opened and one row of it read: `open_seconds`, and by how much memory grew. The same in
+  rows of whole documents, whose layout an earlier start has left: `open_packed_seconds`; and how long that first start took.
 `--corpus-gb` preprocesses a made-up corpus of that size besides, and records the peak memory of all processes together.
 
 Without --text, the text is made up: words of Zipf's frequencies, in documents of 20 to 2,000. Arms take turns, ratios are medians over
@@ -45,6 +46,7 @@ from wtn_pretrain.data.prepare.sources import Reading, documents, find_sources
 from wtn_pretrain.data.prepare.vocabulary import train_tokenizer
 from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.data.text import TextData, open_text
+from wtn_pretrain.data.token_corpus import open_rows
 from wtn_pretrain.data.token_files import CHUNK, files_of, open_token_file, write_index
 
 LENGTH, BATCH = 128, 256
@@ -231,8 +233,8 @@ def images(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"ratio": ratio, "images_per_second": {name: median(some) for name, some in rates.items()}}
 
 
-def opening(folder: Path, size: int) -> dict[str, Any]:
-    """Opens a sparse token file of `size` bytes."""
+def opening(folder: Path, size: int, tokenizer: Any) -> dict[str, Any]:
+    """Opens a sparse token file of `size` bytes, running text and in rows of whole documents."""
     prefix = folder / "large"
     bin_file, index, sums = files_of(prefix)
     each = 5000
@@ -252,6 +254,15 @@ def opening(folder: Path, size: int) -> dict[str, Any]:
     opened = time.perf_counter() - began
     file_of_tokens.tokens[np.arange(0, LENGTH)]
     found = {"bytes": 2 * each * count, "seconds": opened, "with_a_row": time.perf_counter() - began, "memory": _resident() - before}
+    for name in ("packed_first", "packed"):
+        # the memory of the first is given back before the second
+        before, began = _resident(), time.perf_counter()
+        rows = open_rows(open_token_file(prefix), tokenizer, LENGTH, "documents", folder / "rows-cache")
+        opened = time.perf_counter() - began
+        rows.fetch(np.arange(1), None)
+        found |= {f"{name}_seconds": opened, f"{name}_memory": _resident() - before, "packed_rows": len(rows)}
+        del rows
+    shutil.rmtree(folder / "rows-cache")
     for made in (bin_file, index, sums):
         made.unlink()
     return found
@@ -286,7 +297,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     options.repeats = options.repeats or (1 if ci else 5)
     options.batches, options.images, options.image_batches = (4, 12, 1) if ci else (200, 256, 4)
     size = int(1e6 * (options.megabytes or (1 if ci else 50)))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the cores here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the cores here, of theirs too; ours see to it themselves
     with tempfile.TemporaryDirectory(prefix="data-", dir=options.folder) as made:
         folder = Path(made)
         source = folder / "text.jsonl"
@@ -305,7 +316,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "preprocessing": preprocessing(folder, source, tokenizer, options),
             "masking": masking(folder, tokenizer, options),
             "images": images(folder, options),
-            "opening": [opening(folder, int(size)) for size in (1e7, 1e9 * (options.open_gb or (0.1 if ci else 10)))],
+            "opening": [opening(folder, int(size), tokenizer) for size in (1e7, 1e9 * (options.open_gb or (0.1 if ci else 10)))],
         }
         if options.corpus_gb:
             found["corpus"] = large_corpus(folder, int(1e9 * options.corpus_gb), options)
@@ -315,6 +326,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "masking_ratio": found["masking"]["ratio"],
         "image_ratio": found["images"]["ratio"],
         "open_seconds": found["opening"][-1]["seconds"],
+        "open_packed_seconds": found["opening"][-1]["packed_seconds"],
     }
     return {**keys, **found}
 
@@ -336,11 +348,14 @@ def show(figures: dict[str, Any]) -> str:
         rows.append(
             [f"open {opened['bytes'] / 1e9:.2f} GB", f"{1e3 * opened['seconds']:.2f} ms, {opened['memory'] / 2**20:.1f} MiB more", ""]
         )
+        first, again = (f"{1e3 * opened[f'{name}_seconds']:.2f} ms" for name in ("packed_first", "packed"))
+        rows.append(["  packed, laid out before", f"{again}, {opened['packed_memory'] / 2**20:.1f} MiB more", ""])
+        rows.append(["  packed, the first time", f"{first}, {opened['packed_rows']} rows", ""])
     if "corpus" in figures:
         made_large = figures["corpus"]
         what = f"{made_large['bytes'] / made_large['seconds'] / 1e6:.2f} MB/s, {made_large['peak_memory'] / 2**20:.0f} MiB at most"
         rows.append([f"corpus of {made_large['bytes'] / 1e9:.2f} GB", what, ""])
-    keys = ("preprocess_ratio", "masking_ratio", "image_ratio", "open_seconds")
+    keys = ("preprocess_ratio", "masking_ratio", "image_ratio", "open_seconds", "open_packed_seconds")
     said = [f"{key} {figures[key]:.4g}" for key in keys]
     return "\n".join(
         [f"{figures['workers']} workers, median of {figures['repeats']}", "", table(["", "rate", "ours over it"], rows), "", *said]

@@ -122,11 +122,11 @@ def test_text_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "table-cache")
     good = [f"Line number {number} of a text about rivers and bread." for number in range(600)]
-    (tmp_path / "good.txt").write_text("\n".join(good))
+    (tmp_path / "good.txt").write_text("\n\n".join(good))
     wrong = [line.encode() for line in good]
     wrong[300:300] = [b"caf\xe9 is no UTF-8", b"\x00 nor is this"]
     (tmp_path / "wrong").mkdir()
-    (tmp_path / "wrong" / "good.txt").write_bytes(b"\n".join(wrong))
+    (tmp_path / "wrong" / "good.txt").write_bytes(b"\n\n".join(wrong))
     (tmp_path / "wrong" / "empty.txt").write_bytes(b"\n")
     common = {"source": "files", "vocab_size": 256, "sequence_length": 16}
     one = open_text(validate(TextData, {**common, "paths": [str(tmp_path / "good.txt")]}), tmp_path / "one")
