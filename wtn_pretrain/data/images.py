@@ -218,14 +218,14 @@ def _open(config: ImageData, cache: Path | None, faults: Faults) -> ImageSplits:
         return _array_splits(config, *read_idx(root), None, faults)
     if config.source == "cifar":
         return _array_splits(config, *read_cifar(root, faults), CIFAR_CLASSES, faults)
-    found = read_shards(root, config.classes, faults) if config.source == "tar" else image_files.read_folder(root, faults)
+    found: _Found = read_shards(root, config.classes, faults) if config.source == "tar" else image_files.read_folder(root, faults)
     return _decoded_splits(config, *found, cache, faults)
 
 
 def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classes: tuple[str, ...] | None, faults: Faults) -> ImageSplits:
     count = len(classes) if classes else config.classes or int(train.labels.max()) + 1
-    train, valid = (part and _with_known_labels(part, count, faults) for part in (train, valid))
-    assert train is not None
+    train = _with_known_labels(train, count, faults)
+    valid = valid and _with_known_labels(valid, count, faults)
     native = train.pixels.shape[1:]
     if config.size is None and native[1] != native[2]:
         raise UserError(f"{train.origin}: images of {native[1]} x {native[2]} pixels are not square; set data.size")

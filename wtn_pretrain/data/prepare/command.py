@@ -95,7 +95,8 @@ def train_tokenizer_command(arguments: Sequence[str]) -> str:
             raise UserError(f"{idle}: says how to train, and --from-sentencepiece converts what is trained; leave one of them out")
         tokenizer = read_sentencepiece(options.from_sentencepiece, options.multiple)
     else:
-        algorithm, megabytes = options.algorithm or "wordpiece", options.limit_mb
+        algorithm: Any = options.algorithm or "wordpiece"
+        megabytes = options.limit_mb
         sources = tuple(find_sources(options.paths, without=options.out))
         if algorithm == "unigram" and megabytes is None:
             megabytes = _UNIGRAM_MB
