@@ -33,7 +33,8 @@ def test_every_arm_has_a_rate(tmp_path: Path) -> None:
     # opening reads sizes alone, however large the file is
     small, large = found["opening"]
     assert large["bytes"] == 10 * small["bytes"] and large["memory"] < 4 << 20
-    assert large["packed_rows"] == pytest.approx(10 * small["packed_rows"], rel=0.01) and large["packed_memory"] < 4 << 20
+    small, large = found["opening_packed"]
+    assert large["rows"] == pytest.approx(10 * small["rows"], rel=0.01) and large["again_memory"] < 4 << 20
     assert found["corpus"]["bytes"] > 1e6 and 0 < found["corpus"]["peak_memory"] < 2 << 30
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
