@@ -13,7 +13,7 @@ Masking: rows of 128 tokens in batches of 256, in one process. Theirs: a `DataLo
 Images: 224-pixel random crops, flipped, normalised, of a folder of JPEGs, in `--workers` processes. Plain: `DataLoader` over a dataset
   that opens, crops, flips and converts each with Pillow and numpy. `image_ratio` is our rate over theirs.
 Opening: a token file of `--open-gb` (sparse) is opened and one row of it read: `open_seconds`, and by how much memory grew. The same, of
-  1 GB at most, in rows of whole documents whose layout an earlier start has left: `open_packed_seconds`; and how long that first start took.
+  1 GB at most, in rows of whole documents whose layout an earlier start has left: `open_packed_seconds`; and how long that start took.
 `--corpus-gb` preprocesses a made-up corpus of that size besides, and records the peak memory of all processes together.
 
 Without --text, the text is made up: words of Zipf's frequencies, in documents of 20 to 2,000. Arms take turns, ratios are medians over
