@@ -40,7 +40,7 @@ def open_task(recipe: Recipe, cache: Path) -> Task:
         return MlmTask(recipe.task, recipe.data, recipe.model, cache)
     assert isinstance(recipe.task, ClassifySection)
     assert isinstance(recipe.data, ImageData)
-    return ClassifyTask(recipe.task, recipe.data)
+    return ClassifyTask(recipe.task, recipe.data, cache)
 
 
 class Stages:

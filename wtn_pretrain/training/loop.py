@@ -107,6 +107,7 @@ class _Training:
             "samples": len(task.train),
             "batch_size": section.batch_size,
             "optimizer": section.optimizer.name,
+            **task.identity,
         }
         self.guard = Guard(self.engine, network, section, stage, folder, self.stream)
         beside: dict[str, Stateful] = {"guard": self.guard, **({"average": self.average} if self.average else {})}
