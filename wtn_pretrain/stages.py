@@ -137,7 +137,7 @@ class Stages:
         return load_shape(wide) if self.recipe.wide.teacher and self.folder.result(wide) else self.recipe.wide_model()
 
     def _teacher(self) -> Foreign:
-        return open_foreign(self.recipe.wide.teacher, self.recipe.wide.teacher_pickle)
+        return open_foreign(self.recipe.wide.teacher, self.recipe.wide.teacher_pickle, heads=self.recipe.wide.teacher_heads)
 
     def _adopt(self) -> dict[str, Any]:
         """Puts the teacher from elsewhere, once, where stage 1 would leave its network; the first rank does."""
