@@ -187,6 +187,10 @@ class Stages:
         }
         if trained.state is not None:
             save_network(folder, shape, without_ranges(trained.state))
+            if getattr(section, "int8", False):
+                # what is left is plain: its own figures, beside those of the network as it was trained
+                plain = evaluate(load_network(folder).to(device()), self.task)
+                result |= {**plain, **{f"int8_{key}": value for key, value in trained.score.items()}}
             self.folder.finish(folder, result)
         # the next stage of any rank starts from what the first one has written
         wait_for_all(self.place)
