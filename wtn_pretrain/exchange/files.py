@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,12 +24,10 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 def _numpy() -> list[Any]:
     """What random states of numpy, which training programs keep beside their weights, are made of: plain arrays of numbers."""
-    multiarray: Any = getattr(np, "_core").multiarray  # noqa: B009
     made: list[Any] = [np.ndarray, np.dtype, *(kind for kind in vars(np.dtypes).values() if isinstance(kind, type))]
-    for name in ("_reconstruct", "scalar"):
-        # under its names in numpy 2 and before
-        made += [(getattr(multiarray, name), f"numpy.{core}.multiarray.{name}") for core in ("_core", "core")]
-    return made
+    start = importlib.import_module("numpy._core.multiarray")._reconstruct
+    # under its names in numpy 2 and before
+    return [*made, *((start, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core"))]
 
 
 _WRAPPERS = ("state_dict", "model_state_dict", "state_dict_ema", "model")

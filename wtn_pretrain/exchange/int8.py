@@ -70,10 +70,12 @@ def _of_activations(file: Path) -> list[str]:
     import onnx
 
     graph = onnx.load(str(file), load_external_data=False).graph
-    constant = {value.name for value in graph.initializer} | {
-        name for node in graph.node if node.op_type == "Constant" for name in node.output
-    }
-    return [node.name for node in graph.node if node.op_type == "MatMul" and not constant & set(node.input)]
+    constant = {value.name for value in graph.initializer}
+    for node in graph.node:
+        # what is made of constants alone, such as a transposed weight
+        if constant.issuperset(node.input):
+            constant.update(node.output)
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.name and not constant & set(node.input)]
 
 
 def quantise_weights(folder: Path, reduce_range: bool = False) -> None:

@@ -301,7 +301,6 @@ def scores(task: ClassifyTask, shared: Any, depth: int, folder: Path) -> tuple[f
     network = open_foreign(file, pickles=True, image_size=32).network()
     written = export_network(network, task, ["onnx"], folder, ExportSection(samples=0))["onnx"]
     assert written["metric_samples"] == len(task.valid) and written["difference"] <= 1e-4
-    assert written["metric_before"] == pytest.approx(evaluate(network, task)["metric"])
     return written["metric_before"], written["metric_after"]
 
 
