@@ -30,12 +30,12 @@ class Origin(NamedTuple):
     """Of the code that exports."""
     weights: dict[str, str] = {}
     """SHA-256 of the files that the network was read from."""
+    data: str = ""
+    """The data in words."""
     seed: int | None = None
     """Of the stage."""
     step: int | None = None
     """Of the stage, where the network is that of a checkpoint and not what the stage left in the end."""
-    data: str = ""
-    """The data in words."""
 
 
 def model_card(network: BlockNetwork, origin: Origin, license: str, certificate: dict[str, Any]) -> str:
