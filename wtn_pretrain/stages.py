@@ -138,7 +138,7 @@ class Stages:
         return load_shape(wide) if self.recipe.wide.teacher and self.folder.result(wide) else self.recipe.wide_model()
 
     def _teacher(self) -> Foreign:
-        return open_foreign(self.recipe.wide.teacher, self.recipe.wide.teacher_pickle)
+        return open_foreign(self.recipe.wide.teacher, self.recipe.wide.teacher_pickle, heads=self.recipe.wide.teacher_heads)
 
     def _adopt(self) -> dict[str, Any]:
         """Puts the teacher from elsewhere, once, where stage 1 would leave its network; the first rank does."""
@@ -189,6 +189,10 @@ class Stages:
         }
         if trained.state is not None:
             save_network(folder, shape, without_ranges(trained.state))
+            if getattr(section, "int8", False):
+                # what is left is plain: its own figures, beside those of the network as it was trained
+                plain = evaluate(load_network(folder).to(device()), self.task)
+                result |= {**plain, **{f"int8_{key}": value for key, value in trained.score.items()}}
             self.folder.finish(folder, result)
         # the next stage of any rank starts from what the first one has written
         wait_for_all(self.place)
