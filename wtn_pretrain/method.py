@@ -19,9 +19,9 @@ from wtn_pretrain.report.html import write_report
 from wtn_pretrain.report.latency import measure_latency
 from wtn_pretrain.report.summary import Arm, Metric, Summary, Training, WinArm, gain, write_summary
 from wtn_pretrain.report.table import table
+from wtn_pretrain.screen import say
 from wtn_pretrain.stages import Stages
 from wtn_pretrain.tasks.base import evaluate
-from wtn_pretrain.training.monitor import say
 
 
 def run_method(stages: Stages) -> Summary | None:

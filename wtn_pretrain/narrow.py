@@ -47,8 +47,8 @@ from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.parallel.replicas import forget_replicas
 from wtn_pretrain.parallel.watch import Watch
 from wtn_pretrain.planning.choose import choose_plan
+from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
-from wtn_pretrain.training.monitor import say
 from wtn_pretrain.training.trace import Trace, merge
 from wtn_pretrain.training.utilisation import bubble, utilisation, write_utilisation
 

@@ -24,6 +24,7 @@ from wtn_pretrain.narrow import Narrow
 from wtn_pretrain.parallel.launch import Place, require_same, wait_for_all
 from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.recipe import Recipe, check_writable
+from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
@@ -31,7 +32,6 @@ from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.engine import check_training
 from wtn_pretrain.training.int8 import fake_quantise, without_ranges
 from wtn_pretrain.training.loop import train
-from wtn_pretrain.training.monitor import say
 
 
 def open_task(recipe: Recipe, cache: Path) -> Task:

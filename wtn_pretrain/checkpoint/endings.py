@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.distributed import Store
 
 from wtn_pretrain.parallel.launch import wait_for_rank
-from wtn_pretrain.training.monitor import say
+from wtn_pretrain.screen import say
 
 
 class Ending(NamedTuple):

@@ -12,10 +12,10 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
 from wtn_pretrain.parallel.tensor import whole as whole_of
+from wtn_pretrain.screen import say
 from wtn_pretrain.training.activations import checkpoint_blocks
 from wtn_pretrain.training.compilation import compile_blocks
 from wtn_pretrain.training.config import OptimizerSection, TrainSection
-from wtn_pretrain.training.monitor import say
 from wtn_pretrain.training.nvme import OwnFolder
 from wtn_pretrain.training.offload import check_buffers, check_offload, offloads, require_compiler
 from wtn_pretrain.training.optimizers import STATES, decay_groups, follow_layers, make_optimizer

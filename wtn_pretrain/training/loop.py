@@ -21,13 +21,14 @@ from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place, wait_for_all
 from wtn_pretrain.parallel.preemption import Departure, Notice
 from wtn_pretrain.parallel.watch import Watch
+from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, TaskModule
 from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints, Stateful
 from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.ema import Average
 from wtn_pretrain.training.engine import gathered_state, start_engine
 from wtn_pretrain.training.guard import Guard, weighed
-from wtn_pretrain.training.monitor import ROLLBACK, Monitor, Work, say
+from wtn_pretrain.training.monitor import ROLLBACK, Monitor, Work
 from wtn_pretrain.training.schedules import scale
 from wtn_pretrain.training.spikes import Jump
 

@@ -248,15 +248,6 @@ class Monitor:
         tqdm.write(line, file=sys.stderr)
 
 
-def say(message: str) -> None:
-    """Print one line on standard error, on rank 0 only, without tearing a progress bar."""
-    import torch.distributed as dist  # here, since reading metrics needs no torch
-
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        tqdm.write(message, file=sys.stderr)
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, oldest first; an unreadable last line, left by a crash, is ignored.
 

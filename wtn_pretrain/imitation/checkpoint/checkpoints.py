@@ -38,7 +38,7 @@ from wtn_pretrain.imitation.learner import Learner, zero_stage
 from wtn_pretrain.imitation.plan import parse
 from wtn_pretrain.imitation.wiring import Wiring
 from wtn_pretrain.parallel.launch import wait_for_rank
-from wtn_pretrain.training.monitor import say
+from wtn_pretrain.screen import say
 
 CHECK = 1800.0
 """Seconds that looking through the parts of a checkpoint may take before a rank counts as lost."""

@@ -20,6 +20,7 @@ from wtn_pretrain.device import device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.tensor import whole
+from wtn_pretrain.screen import say
 from wtn_pretrain.training.checkpoint.manifest import (
     BUFFERS,
     FORMAT,
@@ -33,7 +34,6 @@ from wtn_pretrain.training.checkpoint.manifest import (
 )
 from wtn_pretrain.training.checkpoint.masters import Held, Masters, counters, cut, set_counters, whole_shape
 from wtn_pretrain.training.checkpoint.writer import Writer
-from wtn_pretrain.training.monitor import say
 
 
 class Stateful(Protocol):
