@@ -117,7 +117,9 @@ def layout(config: Path, zero: int) -> None:
 def test_a_stage_continues_on_other_ranks(
     base: dict[str, Any], starts: tuple[tuple[int, int, int], ...], forge: Forge, tmp_path: Path
 ) -> None:
-    config = write_recipe(tmp_path / "recipe.yaml", recipe(base, {"wide.deepspeed": "mine.json", "wide.batch_size": 24}))
+    config = write_recipe(
+        tmp_path / "recipe.yaml", recipe(base, {"wide.deepspeed": "mine.json", "wide.batch_size": 24, "wide.checkpoint_keep": 20})
+    )
     stage = tmp_path / "runs" / base["run"]["name"] / "wide"
     curves = []
     # each start saves once, and the next one goes on from there

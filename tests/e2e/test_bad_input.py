@@ -447,4 +447,5 @@ def test_the_scripts_themselves(name: str, tmp_path: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
     line = the_line(done.stderr)
     assert all(fragment in line for fragment in fragments), line
-    assert all(line.startswith("kernels auto on ") for line in done.stdout.splitlines()), done.stdout
+    # who is here, and by what it computes, may have been told already
+    assert all(line.startswith(("1 rank, started by python", "kernels auto on ")) for line in done.stdout.splitlines()), done.stdout
