@@ -155,12 +155,15 @@ class Run:
                     self._odd.append(~torch.isfinite(torch.stack(sums)))
                 done = step + 1
                 leaving = before + done == self._whole < self.total and self._departure is not None and self._departure.due(self._whole)
-                saving = leaving or self.rhythm.due(before + done)
+                saving = self.rhythm.due(before + done)
                 reported = self.progress.logs(before + done)
-                values = self._losses(phase, before + done, sums) if reported or saving or done == phase.steps else {}
+                looked = reported or saving or leaving or done == phase.steps
+                values = self._losses(phase, before + done, sums) if looked else {}
                 self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None, now=leaving)
                 self._say_saved()
-                if saving:
+                # all ranks save the same steps: one that others have passed already is none of them
+                leaving = leaving and self._together(before + done)
+                if saving or leaving:
                     self._save(number, done)
                 if leaving:
                     self._leave(before + done)
@@ -179,17 +182,20 @@ class Run:
             wait_for_rank(lambda: self.checkpoints.whole(last))
         return last
 
-    def _leave(self, step: int) -> None:
-        """Ends the run here, unless a rank has gone on."""
+    def _together(self, step: int) -> bool:
+        """Whether all ranks leave after this step; if not, one has gone on."""
         assert self._departure is not None
         with self._observer.waiting():
-            together = self._departure.together(step)
-        if together:
-            self._all_reported(step)
-            self._close()
-            with self._observer.waiting():
-                self._departure.finish()
-            raise Preempted(f"{self.stage}: left after step {step} of {self.total} on {self._departure.why}, all saved")
+            return self._departure.together(step)
+
+    def _leave(self, step: int) -> None:
+        """Ends the run here."""
+        assert self._departure is not None
+        self._all_reported(step)
+        self._close()
+        with self._observer.waiting():
+            self._departure.finish()
+        raise Preempted(f"{self.stage}: left after step {step} of {self.total} on {self._departure.why}, all saved")
 
     def _all_reported(self, step: int) -> None:
         """Waits, on the first rank, until all spans have reported `step`, and lets checkpoints count."""
