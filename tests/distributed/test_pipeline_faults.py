@@ -14,8 +14,9 @@ import pytest
 
 from tests.distributed.imitating import OUTER, SGD, Imitations, apart, losses_apart
 from tests.running import BERT, RESNET, Started, command, contents, environment, equal_bits, error_lines, reached, start, steps_logged
+from wtn_pretrain.again import AGAIN
 from wtn_pretrain.imitation.plan import Plan, Span, parse, write
-from wtn_pretrain.parallel.watch import CONTINUES, CULPRIT_EXIT
+from wtn_pretrain.parallel.watch import CONTINUES
 
 pytestmark = pytest.mark.slow
 
@@ -135,7 +136,7 @@ def test_a_killed_rank_is_named_and_the_run_continues(culprit: int, imitations: 
     started.kill(culprit)
     codes = started.codes()
     assert time.monotonic() - began < 10
-    assert codes[culprit] == -signal.SIGKILL and codes[1 - culprit] == CULPRIT_EXIT
+    assert codes[culprit] == -signal.SIGKILL and codes[1 - culprit] == AGAIN
     units = ("units 0-1", "units 2-3")[culprit]
     one_error(started.errors(), rf"rank {culprit} \({units}\) has died \(killed by SIGKILL\); {CONTINUES}")
     continued(imitations.start(config, ranks=2), beyond=20)
@@ -150,7 +151,7 @@ def test_a_stopped_rank_is_named(imitations: Imitations) -> None:
     started.kill(1, by=signal.SIGSTOP)
     codes = started.codes()
     assert time.monotonic() - began < 20
-    assert codes == [CULPRIT_EXIT, -signal.SIGKILL]
+    assert codes == [AGAIN, -signal.SIGKILL]
     one_error(started.errors(), r"rank 1 \(units 0-3, replica 2 of 2\) has been stopped for 5 s")
     started = imitations.start(config, ranks=2)
     continued(started, beyond=0)
@@ -164,7 +165,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_continues(imitations: Imitations
     began = time.monotonic()
     program = Path(__file__).with_name("stuck.py")
     started = imitations.forge.program(program, "--config", str(config), cwd=config.parent, ranks=2)
-    assert started.codes() == [CULPRIT_EXIT] * 2
+    assert started.codes() == [AGAIN] * 2
     assert time.monotonic() - began < 60
     (line,) = [line for line in started.errors() if line.startswith("error:")]
     assert re.match(r"error: rank 1 \(units 2-3\) hangs: no progress for 3 s at 'teacher 2' of step \d+, in ", line), line

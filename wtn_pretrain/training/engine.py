@@ -188,7 +188,7 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
     folder = OwnFolder(zero)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    average_with_others(engine, world_size)
+    average_only_with_others(engine, world_size)
     folder.go_with(engine)
     follow_layers(engine, optimizer)
     return engine
@@ -202,7 +202,7 @@ def _check_network(config: dict[str, Any], section: TrainSection, stage: str, ne
     check_buffers(config["zero_optimization"], STATES[section.optimizer.name], section.deepspeed)
 
 
-def average_with_others(engine: Any, ranks: int) -> None:
+def average_only_with_others(engine: Any, ranks: int) -> None:
     """Spares an engine whose gradients nobody else has the averaging: DeepSpeed would copy every one into buckets and back."""
     if ranks == 1 and engine.zero_optimization_stage() == 0:
         engine.enable_backward_allreduce = False
