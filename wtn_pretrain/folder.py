@@ -1,21 +1,18 @@
 """The run's folder: its configuration, one folder a stage, and what says that a stage is done."""
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from wtn_pretrain.config import read_yaml
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
+from wtn_pretrain.lock import Lock
 
 NETWORK, CHECKSUM = "model.safetensors", "model_sha256"
 
@@ -25,7 +22,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
 
     def check(self, config: str) -> None:
         """Refuses if the folder holds a run that this configuration would not continue."""
@@ -50,23 +47,8 @@ class RunFolder:
         Raises:
             UserError: names the other process.
         """
-        if self._lock is not None:
-            return
-        file = (self.path / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return
-            file.seek(0)
-            raise UserError(
-                f"{self.path}: {file.read().strip() or 'another process'} works on this run; wait for it, or choose another --run.name"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        # of POSIX, so that a worker that was forked does not hold it; closed, it would be gone
-        self._lock = file
+        if self._lock is None:
+            self._lock = Lock(self.path, "works on this run; wait for it, or choose another --run.name")
 
     def stage(self, name: str, seed: int | None = None) -> Path:
         """The folder of a stage."""

@@ -20,7 +20,6 @@ import xxhash
 
 from wtn_pretrain.data.faults import Faults, Policy
 from wtn_pretrain.data.prepare.duplicates import MinHash, Seen
-from wtn_pretrain.data.prepare.lock import LOCK, Lock
 from wtn_pretrain.data.prepare.part import PartWriter
 from wtn_pretrain.data.prepare.sources import Reading, Source, documents, find_sources
 from wtn_pretrain.data.prepare.worker import Prepared, Preparer, Work, begin, peak_memory, prepare
@@ -28,6 +27,7 @@ from wtn_pretrain.data.token_files import id_dtype
 from wtn_pretrain.data.tokenizer import load_tokenizer, tokenizer_hash
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import sync_folder, write_text
+from wtn_pretrain.lock import LOCK, Lock
 from wtn_pretrain.version import __version__
 
 CARD = "card.json"
@@ -181,7 +181,7 @@ class _Making:
         self._bands = MinHash(plan.near).bands if plan.near is not None else 0
         self._began = self._committed = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder, "wait for it, or choose another --out")
+        self._lock = Lock(self.folder, "works here; wait for it, or choose another --out")
         self.finished = _read(self.folder / CARD)
         journal = _read(self.folder / _JOURNAL)
         if journal is not None and journal["cursor"] == [0, 0]:

@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import Store
 
-from wtn_pretrain.checkpoint.endings import Ending, Endings
 from wtn_pretrain.checkpoint.files import DamagedError, on_host, part_of, require_same, versions
 from wtn_pretrain.checkpoint.keeping import Keep
-from wtn_pretrain.checkpoint.together import Shares, draft_of, switch_in, tried
+from wtn_pretrain.checkpoint.together import Together, draft_of, switch_in, tried
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_beside, write_text
 from wtn_pretrain.imitation.checkpoint.manifest import (
@@ -67,7 +66,7 @@ class Checkpoints:
         self.folder = folder
         self._imitator, self._wiring, self._store, self._keep = imitator, wiring, store, keep
         self._identity, self._starts, self._stage = dict(identity), list(starts), str(identity["stage"])
-        self._shares, self._endings = Shares(store, wiring.place), Endings(store)
+        self._together = Together(folder, store, wiring.place)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[tuple[str, str]] | None = None
         self._pending: list[tuple[int, Position, Future[tuple[str, str]], list[str]]] = []
@@ -119,7 +118,7 @@ class Checkpoints:
         name = share.position.name
         self._known = [*(other for other in self._known if other != name), name]
         self._writing = self._thread.submit(self._write, share, part, copies)
-        self._pending.append((self._endings.begin(), share.position, self._writing, self._known))
+        self._pending.append((self._together.endings.begin(), share.position, self._writing, self._known))
 
     def settle(self, done: int) -> None:
         """Lets checkpoints count that stand at most at step `done` over all phases, once they are written; waits for nothing. What failed
@@ -128,7 +127,7 @@ class Checkpoints:
             self._counting.append(self._thread.submit(self._count, *self._pending.pop(0)))
         while self._counting and self._counting[0].done():
             self._counting.pop(0).result()
-        self._endings.hear()
+        self._together.endings.hear()
 
     def wait(self) -> None:
         """Returns when this rank has written all that was settled, or could not, and said so."""
@@ -144,7 +143,7 @@ class Checkpoints:
         assert not self._pending, "a checkpoint never counted"
         self.wait()
         self._thread.shutdown()
-        last = self._endings.last()
+        last = self._together.endings.last()
         if last and last.problem:
             raise UserError(last.problem)
 
@@ -164,26 +163,16 @@ class Checkpoints:
     def _count(self, number: int, position: Position, writing: Future[tuple[str, str]], known: list[str]) -> None:
         """Says that this rank has its part; the last one to say so makes the checkpoint the newest."""
         name = position.name
-        shares = self._shares.tell(name, json.dumps(writing.result()))
-        if shares is None:
-            return
-        told = [json.loads(one) for one in shares]
-        problem = next((theirs for theirs, _ in told if theirs), "")
-        if not problem:
-            everything = joined([Manifest.model_validate_json(share) for _, share in told])
-            problem, _ = tried(self.folder, name, lambda: self._switch_in(position, everything))
-        if problem:
-            shutil.rmtree(draft_of(self.folder, name), ignore_errors=True)
-        else:
-            lost = self._endings.lost(number)
-            self._remove_old(position, self._keep.recent([one for one in known if one not in lost]))
-        self._endings.tell(number, Ending(name, problem))
 
-    def _switch_in(self, position: Position, manifest: Manifest) -> str:
-        switch_in(self.folder, position.name, manifest)
-        write_text(self.folder / LATEST, json.dumps(position._asdict()))
-        self._store.set(f"whole-{position.name}", "yes")
-        return ""
+        def switch(shares: list[str]) -> None:
+            switch_in(self.folder, name, joined([Manifest.model_validate_json(one) for one in shares]))
+            write_text(self.folder / LATEST, json.dumps(position._asdict()))
+            self._store.set(f"whole-{name}", "yes")
+
+        def remove_old(lost: set[str]) -> None:
+            self._remove_old(position, self._keep.recent([one for one in known if one not in lost]))
+
+        self._together.count(number, name, writing.result(), switch, remove_old)
 
     def _remove_old(self, position: Position, recent: set[str]) -> None:
         for (phase, step), path in checkpoints_in(self.folder):

@@ -1,6 +1,5 @@
 """Writing a checkpoint beside the training: every rank its part, and the last one to finish makes it count."""
 
-import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,10 +7,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wtn_pretrain.checkpoint.endings import Ending, Endings
 from wtn_pretrain.checkpoint.files import part_of
 from wtn_pretrain.checkpoint.keeping import Keep
-from wtn_pretrain.checkpoint.together import Shares, draft_of, switch_in, tried
+from wtn_pretrain.checkpoint.together import Together, draft_of, switch_in, tried
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_beside, write_text
 from wtn_pretrain.parallel.launch import Place, shared_store
@@ -29,8 +27,7 @@ class Writer:
         """`keep`: which checkpoints are kept."""
         self.folder = folder
         self._place, self._keep = place, keep
-        store = shared_store(place)
-        self._shares, self._endings = Shares(store, place), Endings(store)
+        self._together = Together(folder, shared_store(place), place)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._steps: list[int] = []
@@ -54,14 +51,14 @@ class Writer:
         """
         self.wait()
         self._steps.append(manifest.step)
-        self._writing = self._thread.submit(self._write, self._endings.begin(), manifest, tensors, list(self._steps))
+        self._writing = self._thread.submit(self._write, self._together.endings.begin(), manifest, tensors, list(self._steps))
 
     def wait(self) -> None:
         """Returns when this rank has written what was begun, or could not."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-        self._endings.hear()
+        self._together.endings.hear()
 
     def close(self) -> None:
         """Returns when all ranks have written what was begun.
@@ -73,28 +70,23 @@ class Writer:
         if writing is not None:
             writing.result()
         self._thread.shutdown()
-        last = self._endings.last()
+        last = self._together.endings.last()
         if last and last.problem:
             raise UserError(last.problem)
 
     def _write(self, number: int, manifest: Manifest, tensors: dict[str, Tensor], steps: list[int]) -> None:
         step, name = manifest.step, f"step{manifest.step}"
         draft = draft_of(self.folder, name)
-        problem, share = tried(self.folder, name, lambda: self._share(draft, manifest, tensors))
-        shares = self._shares.tell(name, json.dumps((problem, share)))
-        if shares is None:
-            return
-        told = [json.loads(one) for one in shares]
-        problem = next((theirs for theirs, _ in told if theirs), "")
-        if not problem:
-            everything = _joined([Manifest.model_validate_json(share) for _, share in told])
-            problem, _ = tried(self.folder, name, lambda: self._switch_in(name, everything))
-        if problem:
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            lost = self._endings.lost(number)
+        mine = tried(self.folder, name, lambda: self._share(draft, manifest, tensors))
+
+        def switch(shares: list[str]) -> None:
+            switch_in(self.folder, name, _joined([Manifest.model_validate_json(one) for one in shares]))
+            write_text(self.folder / LATEST, f"{name}\n")
+
+        def remove_old(lost: set[str]) -> None:
             self._remove_old(step, self._keep.recent([one for one in steps if f"step{one}" not in lost]))
-        self._endings.tell(number, Ending(name, problem))
+
+        self._together.count(number, name, mine, switch, remove_old)
 
     def _share(self, draft: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> str:
         """Writes this rank's part; what it has to say of it."""
@@ -102,11 +94,6 @@ class Writer:
             write_beside(draft / self.part, lambda path: save_file(tensors, path))
             manifest = manifest.model_copy(update={"parts": {self.part: part_of(draft / self.part)}})
         return manifest.model_dump_json()
-
-    def _switch_in(self, name: str, manifest: Manifest) -> str:
-        switch_in(self.folder, name, manifest)
-        write_text(self.folder / LATEST, f"{name}\n")
-        return ""
 
     def _remove_old(self, step: int, kept: set[int]) -> None:
         for other, path in checkpoints_in(self.folder):
