@@ -79,7 +79,7 @@ def measure(model: Pair, arms: tuple[str, ...], threads: int, seconds: float) ->
 
     Args:
         threads: that each engine may use.
-        seconds: that a turn of an arm at a shape takes, at most, beyond five calls.
+        seconds: that a turn of an arm at a shape takes, at most, beyond two calls.
     """
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as place:
@@ -195,12 +195,12 @@ def _bound(call: Call, inputs: Inputs) -> Callable[[], object]:
 
 
 def _repeats(call: Call, inputs: Inputs, seconds: float) -> int:
-    """Calls that fit into `seconds`: 5 to 200."""
+    """Calls that fit into `seconds`: 2 to 200."""
     once = _bound(call, inputs)
     once()
     began = time.perf_counter()
     once()
-    return max(5, min(200, int(seconds / (time.perf_counter() - began))))
+    return max(2, min(200, int(seconds / (time.perf_counter() - began))))
 
 
 def _peak(model: Pair, arm: str, folder: Path, threads: int) -> int:
@@ -209,7 +209,10 @@ def _peak(model: Pair, arm: str, folder: Path, threads: int) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["onnxruntime", "transformers", "wtn_pretrain.exchange.latency"])
     with context.Pool(1) as pool:
-        return pool.apply(_grown, (model, arm, str(folder), threads))
+        found = pool.apply(_grown, (model, arm, str(folder), threads))
+        pool.close()
+        pool.join()
+    return found
 
 
 def _grown(model: Pair, arm: str, folder: str, threads: int) -> int:
