@@ -42,15 +42,10 @@ class Words:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts, one after the other, and how many each has: int64 [texts]."""
         self._forget()
-        found: list[np.ndarray] = []
-        sizes = np.zeros(len(texts), np.int64)
-        for number, text in enumerate(texts):
-            words = (text.translate(_DELETED) if _ANY_DELETED.search(text) else text).split()
-            self._learn([word for word in set(words) if word not in self._known])
-            ids = np.fromiter(chain.from_iterable(map(self._known.__getitem__, words)), self._dtype)
-            sizes[number] = len(ids)
-            found.append(ids)
-        return (np.concatenate(found) if found else np.zeros(0, self._dtype)), sizes
+        split = [(text.translate(_DELETED) if _ANY_DELETED.search(text) else text).split() for text in texts]
+        self._learn(list(set(chain.from_iterable(split)).difference(self._known)))
+        found = [np.fromiter(chain.from_iterable(map(self._known.__getitem__, words)), self._dtype) for words in split]
+        return (np.concatenate(found) if found else np.zeros(0, self._dtype)), np.array([len(ids) for ids in found], np.int64)
 
     def _learn(self, new: list[str]) -> None:
         if new:
