@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wtn_pretrain.checkpoint.files import on_host
 from wtn_pretrain.device import allow_tf32, hardware, supports_fp16
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.models.base import BlockNetwork, channels_last
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
 from wtn_pretrain.parallel.tensor import whole as whole_of
 from wtn_pretrain.screen import say
@@ -188,6 +189,9 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
     folder = OwnFolder(zero)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
+    if not zero.get("stage", 0):
+        # not before, since DeepSpeed sends weights as bytes; above, they lie in flat buffers
+        channels_last(network)
     average_only_with_others(engine, world_size)
     folder.go_with(engine)
     follow_layers(engine, optimizer)
@@ -253,7 +257,8 @@ def gathered_state(engine: Any, module: nn.Module) -> dict[str, Tensor] | None:
         else:
             whole = whole_of(value)
         if keep:
-            found[name] = whole.detach().float().cpu().clone() if whole.is_floating_point() else whole.detach().cpu().clone()
+            whole = whole.detach()
+            found[name] = on_host(whole.float() if whole.is_floating_point() else whole)
     # who saves them wants tied weights apart
     return {name: found[name] if name in found else found[names[value]].clone() for name, value in state.items()} if keep else None
 

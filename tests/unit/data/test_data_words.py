@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from wtn_pretrain.data.prepare.words import Words, works_by_words
 from wtn_pretrain.data.tokenizer import SPECIAL_TOKENS
@@ -30,6 +30,7 @@ TEXTS = st.lists(
     st.one_of(
         st.text(LETTERS + " ", max_size=12),
         st.text(max_size=6),
+        st.text("ab!#'/:@[]_`{~^\u0301\u0338\u2014", max_size=8),
         st.text("\t\n\x0b\x0c\r\x1c\x1f \x85\xa0\xad\u1680\u200a\u200b\u200d\u2028\u202f\u3000\ufeff\u0301\u0130", max_size=4),
         st.sampled_from(["[MASK]", "[UNK]x", "[SEP] ", "x" * 150]),
     ),
@@ -46,13 +47,23 @@ def test_any_text_has_the_same_ids(texts: list[str], lowercase: bool) -> None:
     assert sizes.tolist() == [len(own) for own in expected] and ids.tolist() == [number for own in expected for number in own]
 
 
+def test_an_added_word_with_punctuation_stays_whole() -> None:
+    for normalized in (False, True):
+        tokenizer = bert(True)
+        tokenizer.add_tokens([AddedToken("a-b", normalized=normalized)])
+        texts = ["c a-b d, A-B a - b", "no such, word."]
+        ids, _ = Words(tokenizer, "<u2").encode(texts)
+        expected = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        assert "a-b" in expected[0].tokens and ids.tolist() == [number for own in expected for number in own.ids]
+
+
 def test_memory_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wtn_pretrain.data.prepare.words._MOST_WORDS", 5)
     words, plain = Words(TOKENIZERS[True], "<u2"), TOKENIZERS[True]
     for number in range(30):
         text = f"abc a{number} b{number} c{number}"
         assert words.encode([text, text])[0].tolist() == 2 * plain.encode(text, add_special_tokens=False).ids
-        assert len(words._known) <= 5 + 4
+        assert len(words._known) <= 5 + 7
 
 
 def test_only_what_works_by_words_does() -> None:
