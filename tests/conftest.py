@@ -7,6 +7,16 @@ import pytest
 from tests.running import Forge
 
 
+LONG = ("e2e", "distributed", "faults", "cluster")
+"""Folders of tests that take long, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that no worker is left with one at the end."""
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.parent.name, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> None:
     """This process as the only rank of a process group, which it keeps until it ends."""
