@@ -92,7 +92,7 @@ def test_dropout_with_the_same_masks(ranks: int, positions: str, zero: int, forg
 
 
 REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
-    "ranks": (3, {"wide.tensor_parallel": 2}, "wide.tensor_parallel: 2 does not divide the 3 ranks"),
+    "ranks": (3, {"wide.tensor_parallel": 2}, "wide.tensor_parallel: 2 does not divide 3 ranks"),
     "heads": (3, {"wide.tensor_parallel": 3}, "3 ranks do not divide model.heads 4"),
     "vocabulary": (
         2,
