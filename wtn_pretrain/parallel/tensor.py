@@ -91,15 +91,12 @@ def whole(parameter: Tensor, value: Tensor | None = None) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """A linear layer whose outputs are divided: x [..., D] -> this rank's [..., F / ranks]."""
+    """This rank's part of a linear layer whose outputs are divided; `wtn_pretrain.parallel.columns` multiplies by it."""
 
     def __init__(self, linear: nn.Linear, ranks: Ranks) -> None:
         super().__init__()
         self.weight = _shard(linear.weight, 0, ranks)
         self.bias = _shard(linear.bias, 0, ranks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class RowLinear(nn.Module):

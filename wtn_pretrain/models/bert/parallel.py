@@ -7,10 +7,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wtn_pretrain.kernels.bias_gelu import linear_gelu
+from wtn_pretrain.kernels.bias_gelu import bias_gelu
 from wtn_pretrain.kernels.dropout_add_norm import dropout_add_norm
+from wtn_pretrain.kernels.live import live
 from wtn_pretrain.models.base import Carry, Taps
 from wtn_pretrain.models.bert.model import BertBlock, BertHead, BertNetwork, rate
+from wtn_pretrain.parallel.columns import columns
 from wtn_pretrain.parallel.tensor import (
     ColumnLinear,
     PartDropout,
@@ -50,8 +52,10 @@ class _Block(BertBlock):
         self.attention_dropout = whole.attention_dropout
         self.dropout = PartDropout(whole.dropout, ranks)
 
+    def _projected(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        return columns(x_BSD, [(part.weight, part.bias) for part in (self.query, self.key, self.value)], self._ranks)
+
     def _attend(self, x_BSD: Tensor, mask: Tensor | None, taps: Taps | None) -> Tensor:
-        x_BSD = self._ranks.enter(x_BSD)
         if not (self.training and self.attention_dropout.p):
             return super()._attend(x_BSD, mask, taps)
         with self._ranks.own_randomness():
@@ -59,7 +63,11 @@ class _Block(BertBlock):
 
     def _feed_forward(self, x_BSD: Tensor) -> Tensor:
         part = self.intermediate
-        return self.output(linear_gelu(self._ranks.enter(x_BSD), part.weight, part.bias))
+        if live("bias_gelu", x_BSD) == "triton":
+            (made,) = columns(x_BSD, [(part.weight, None)], self._ranks)
+            return self.output(bias_gelu(made, part.bias))
+        (made,) = columns(x_BSD, [(part.weight, part.bias)], self._ranks)
+        return self.output(F.gelu(made))
 
     def _join(self, x_BSD: Tensor, added_BSD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         assert isinstance(norm, SharedNorm)
