@@ -23,13 +23,14 @@ from wtn_pretrain.models.store import load_network, load_shape, save_network
 from wtn_pretrain.narrow import Narrow
 from wtn_pretrain.parallel.launch import Place, require_same, wait_for_all
 from wtn_pretrain.parallel.preemption import Notice
+from wtn_pretrain.planning.fit import require_divisible
 from wtn_pretrain.recipe import Recipe, check_writable
+from wtn_pretrain.refusals import check_before_data, check_stage, to_train
 from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
 from wtn_pretrain.training.config import TrainSection
-from wtn_pretrain.training.engine import check_training
 from wtn_pretrain.training.int8 import fake_quantise, without_ranges
 from wtn_pretrain.training.loop import train
 
@@ -51,8 +52,11 @@ class Stages:
         check_writable(recipe.place())
         self.folder = RunFolder(recipe.place())
         self.folder.check(dump_yaml(recipe))
-        self.task = open_task(recipe, self.folder.path / "data")
+        choice = activate(recipe.run.kernels)
         wide = self._wide_model()
+        # reading the data may take hours, and leaves files
+        check_before_data(recipe, recipe.model, wide)
+        self.task = open_task(recipe, self.folder.path / "data")
         self.thin = self.task.complete(adapted(recipe.model, wide))
         if recipe.wide.teacher:
             wide = require_kin(self.thin, wide, recipe.wide.teacher)
@@ -60,24 +64,14 @@ class Stages:
                 require_same_inputs(self._teacher(), self.task, recipe.wide.teacher)
         self.wide_shape = self.task.complete(wide)
         self.pairing = pair(self.thin, self.wide_shape, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
-        # a teacher from elsewhere is not trained, whatever the recipe says of that
-        trained = {"finetune": self.thin} if recipe.wide.teacher else {"wide": self.wide_shape, "finetune": self.thin}
-        for name, shape in trained.items():
-            section: TrainSection = getattr(recipe, name)
-            if section.tensor_parallel > 1:
-                lengths = [self.task.length, *(length for _, length in self.task.lengths)] if section.sequence_parallel else [None]
-                for length in lengths:
-                    reason = shape.why_not_divisible(section.tensor_parallel, length)
-                    if reason:
-                        raise UserError(f"{name}.tensor_parallel: {reason}")
-            # what a later stage cannot do is said before the first one begins
-            with torch.device("meta"):
-                check_training(section, name, shape.build())
+        # what a later stage cannot do is said before the first one begins
+        for name, shape in to_train(recipe, self.thin, self.wide_shape).items():
+            lengths = (self.task.length, *(length for _, length in self.task.lengths)) if self.task.length else ()
+            check_stage(getattr(recipe, name), name, shape, lengths)
         learner_config(recipe.narrow, 1)
         with torch.device("meta"):
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
         require_same(place, dump_yaml(recipe))
-        choice = activate(recipe.run.kernels)
         if place.rank == 0:
             print(choice.describe(), flush=True)
             self.folder.claim(dump_yaml(recipe))
@@ -173,6 +167,7 @@ class Stages:
         finished = self.folder.result(folder)
         if finished:
             return finished
+        require_divisible(name, section, self.place.world_size)
         self._begin(*([start] if start else []))
         torch.manual_seed(init)
         network = load_network(start) if start else shape.build()

@@ -28,3 +28,10 @@ def test_a_divided_network_is_the_whole_one(ranks: int, norm: str, sequence: boo
         assert max(found["loss"], found["gradient"], found["logits"]) < ROUND_OFF
         # each rank holds its part, and the little that all need
         assert found["share"] < 1 / ranks + 0.2
+
+
+def test_divided_positions_are_kept_divided(forge: Forge, tmp_path: Path) -> None:
+    forge.program(Path(__file__).with_name("columns.py"), str(tmp_path), cwd=tmp_path, ranks=2).succeed()
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert found == {"whole": 3 * 8 * 16, "parts": 3 * 4 * 16}

@@ -40,7 +40,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     half = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
     if half and (implementation == "flash_attn" or (implementation == "varlen" and not dropout)):
         return _attend_in_one_row(query, key, value, documents(mask), implementation, dropout)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=same_document(mask), dropout_p=dropout)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=_diagonal(mask), dropout_p=dropout)
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -77,6 +77,17 @@ def documents(segments: Tensor) -> Documents:
     found = Documents(offsets, int(offsets.diff().max()) if len(starts) else 0)
     segments._documents = (version, found)  # type: ignore[attr-defined]
     return found
+
+
+def _diagonal(segments: Tensor) -> Tensor:
+    """`same_document`, of which all layers of a batch share one: every layer would keep its own for the backward pass."""
+    if torch.compiler.is_compiling():
+        return same_document(segments)
+    known = getattr(segments, "_diagonal", None)
+    version = 0 if segments.is_inference() else segments._version
+    if known is None or known[0] != version:
+        known = segments._diagonal = (version, same_document(segments))  # type: ignore[attr-defined]
+    return known[1]
 
 
 def _added(mask: Tensor) -> Tensor | None:

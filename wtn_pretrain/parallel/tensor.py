@@ -91,15 +91,12 @@ def whole(parameter: Tensor, value: Tensor | None = None) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """A linear layer whose outputs are divided: x [..., D] -> this rank's [..., F / ranks]."""
+    """This rank's part of a linear layer whose outputs are divided; `wtn_pretrain.parallel.columns` multiplies by it."""
 
     def __init__(self, linear: nn.Linear, ranks: Ranks) -> None:
         super().__init__()
         self.weight = _shard(linear.weight, 0, ranks)
         self.bias = _shard(linear.bias, 0, ranks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -155,20 +152,6 @@ class VocabularyEmbedding(nn.Module):
         mine = (local >= 0) & (local < len(self.weight))
         found = F.embedding(local.where(mine, 0), self.weight)
         return _Reduce.apply(found.masked_fill(~mine[..., None], 0), self._ranks)
-
-
-def vocabulary_cross_entropy(logits: Tensor, targets: Tensor, ranks: Ranks, ignore: int = -100) -> tuple[Tensor, Tensor]:
-    """Cross-entropy where each rank has the logits of its part of the vocabulary, which are never brought together.
-
-    Args:
-        logits: [N, V / ranks], this rank's.
-        targets: [N] int64, rows of the whole vocabulary, or `ignore`.
-
-    Returns:
-        The sum over the targets that count, fp32, and their number; both the same on every rank.
-    """
-    kept = targets != ignore
-    return _VocabularyLoss.apply(logits, targets.where(kept, 0), kept, ranks), kept.sum()
 
 
 def _shard(parameter: Tensor, dim: int, ranks: Ranks) -> nn.Parameter:
@@ -272,30 +255,3 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.part(grad, SEQUENCE).contiguous(), None
-
-
-class _VocabularyLoss(torch.autograd.Function):
-    """Log-sum-exp and the target's logit are sums over the ranks; the gradient needs the own softmax alone."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, kept: Tensor, ranks: Ranks) -> Tensor:
-        top = logits.amax(-1).float()
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ranks.group)
-        exponentials = (logits.float() - top[:, None]).exp_()
-        local = targets - ranks.index * logits.shape[-1]
-        mine = (local >= 0) & (local < logits.shape[-1])
-        local = local.where(mine, 0)
-        picked = logits.gather(-1, local[:, None])[:, 0].float().masked_fill(~mine, 0)
-        sums = torch.stack([exponentials.sum(-1), picked])
-        dist.all_reduce(sums, group=ranks.group)
-        total, target = sums
-        ctx.save_for_backward(exponentials.div_(total[:, None]), local, mine & kept, kept)
-        ctx.dtype = logits.dtype
-        return ((total.log() + top - target) * kept).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, local, mine, kept = ctx.saved_tensors
-        gradient = softmax * kept[:, None]
-        gradient.scatter_add_(-1, local[:, None], -mine.to(gradient.dtype)[:, None])
-        return (gradient * grad).to(ctx.dtype), None, None, None

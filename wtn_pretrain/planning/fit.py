@@ -30,15 +30,20 @@ def require_fit(
     """
     plan = None
     if "wide" in stages and not recipe.wide.teacher:
-        _require_divisible("wide", recipe.wide, ranks)
+        require_divisible("wide", recipe.wide, ranks)
     if "narrow" in stages:
         plan = choose_plan(recipe.narrow, thin, wide, pairing, counts, ranks, length)
     if "finetune" in stages:
-        _require_divisible("finetune", recipe.finetune, ranks)
+        require_divisible("finetune", recipe.finetune, ranks)
     return plan
 
 
-def _require_divisible(name: str, section: TrainSection, ranks: int) -> None:
+def require_divisible(name: str, section: TrainSection, ranks: int) -> None:
+    """Refuses ranks among which a stage that trains on the data cannot divide its layers and its batch.
+
+    Raises:
+        UserError: names the key, what does not fit and the remedy.
+    """
     tensor = section.tensor_parallel
     if ranks % tensor:
         raise UserError(f"{name}.tensor_parallel: {tensor} does not divide {ranks} ranks; give a divisor of them or other ranks")

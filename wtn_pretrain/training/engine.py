@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wtn_pretrain.checkpoint.files import on_host
-from wtn_pretrain.device import allow_tf32, hardware, supports_fp16
+from wtn_pretrain.device import allow_tf32, device, hardware, supports_fp16
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockNetwork, channels_last
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
@@ -20,6 +20,7 @@ from wtn_pretrain.training.config import OptimizerSection, TrainSection
 from wtn_pretrain.training.nvme import OwnFolder
 from wtn_pretrain.training.offload import check_buffers, check_offload, offloads, require_compiler
 from wtn_pretrain.training.optimizers import STATES, decay_groups, follow_layers, make_optimizer
+from wtn_pretrain.training.partitioned import partition
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,7 +167,8 @@ def _check_optimizer(optimizer: OptimizerSection, key: str, zero: dict[str, Any]
 def start_engine(module: nn.Module, section: TrainSection, stage: str, world_size: int, accumulation: int, mpu: Any = None) -> Any:
     """`deepspeed.initialize` for `module`, which has a `network` of blocks, with the section's optimizer.
 
-    The learning rate is set by the caller, step by step. `mpu`: where this rank stands among data and tensor ranks.
+    `module`, in host memory, is moved to this rank's device, under ZeRO 3 part by part. The learning rate is set by the
+    caller, step by step. `mpu`: where this rank stands among data and tensor ranks.
     """
     import deepspeed
 
@@ -176,20 +178,26 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     assert isinstance(network, BlockNetwork)
     _check_network(config, section, stage, network)
     allow_tf32(section.tf32)
+    level = zero.get("stage", 0)
+    if level < 3:
+        module.to(device())
     if world_size > 1:
         synchronise_batch_norm(module)
     if section.compile:
         say(f"{stage}: compiling the blocks, so the first step takes a minute or more")
         compile_blocks(network)
     if section.checkpoint_activations:
-        checkpoint_blocks(network, int(section.checkpoint_activations), reentrant=zero.get("stage", 0) == 3)
+        checkpoint_blocks(network, int(section.checkpoint_activations), reentrant=level == 3)
     if section.optimizer.cpu_kernel == "deepspeed":
         say(f"{stage}: DeepSpeed's CPUAdam steps the offloaded optimizer; its first use compiles for two minutes")
     groups = decay_groups(module.parameters(), section.optimizer.weight_decay)
     optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
     folder = OwnFolder(zero)
+    if level == 3:
+        # the optimizer has sorted parameters by their shapes, which they lose
+        partition(module, config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    if not zero.get("stage", 0):
+    if not level:
         # not before, since DeepSpeed sends weights as bytes; above, they lie in flat buffers
         channels_last(network)
     average_only_with_others(engine, world_size)

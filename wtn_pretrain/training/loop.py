@@ -98,7 +98,7 @@ class _Training:
         )
         if grid.tensor_group is not None:
             network.divide(grid.tensor_group, section.sequence_parallel)
-        module = TaskModule(network, task).to(device())
+        module = TaskModule(network, task)
         mpu = grid if section.tensor_parallel > 1 else None
         self.engine = start_engine(module, section, stage, grid.data_count, self.stream.accumulation, mpu=mpu)
         self.average = Average(network, section.ema) if section.ema else None

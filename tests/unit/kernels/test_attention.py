@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.unit.kernels.comparing import MASKS, SEGMENTS, TOLERANCE, attended, drawn
 from wtn_pretrain.kernels.attention import attend, documents, same_document
@@ -32,6 +33,24 @@ def test_documents_are_remembered_until_the_segments_change() -> None:
     assert documents(segments).offsets.tolist() == [0, 7, 14, 21]
     with torch.inference_mode():
         assert documents(SEGMENTS.clone()).longest == 7
+
+
+def test_layers_of_a_batch_share_one_mask_until_the_segments_change() -> None:
+    given = [drawn(3, 2, 7, 8, seed=seed).float() for seed in range(3)]
+    segments, masks = SEGMENTS.clone(), []
+    plain = F.scaled_dot_product_attention
+
+    def noted(*tensors: torch.Tensor, attn_mask: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        masks.append(attn_mask)
+        return plain(*tensors, attn_mask=attn_mask, dropout_p=dropout_p)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", noted)
+        attend(*given, segments), attend(*given, segments)
+        segments[0] = 1
+        attend(*given, segments)
+    assert masks[0] is masks[1] and masks[2] is not masks[0]
+    assert masks[2][0].all() and not masks[0][0].all()
 
 
 def test_one_document_after_the_other_is_what_the_mask_says() -> None:

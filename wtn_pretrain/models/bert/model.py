@@ -111,9 +111,15 @@ class BertBlock(nn.Module):
             x_BSD, _ = self._join(x_BSD, self._feed_forward(x_BSD), self.output_norm)
         return Carry(x_BSD, carry.context)
 
+    def _projected(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value [B, S, H K]."""
+        return self.query(x_BSD), self.key(x_BSD), self.value(x_BSD)
+
     def _attend(self, x_BSD: Tensor, mask: Tensor | None, taps: Taps | None) -> Tensor:
-        shape = (*x_BSD.shape[:2], self.heads, self.head_size)
-        q_BHSK, k_BHSK, v_BHSK = (projection(x_BSD).view(shape).transpose(1, 2) for projection in (self.query, self.key, self.value))
+        made = self._projected(x_BSD)
+        # of divided positions x has a part, and what is made of it all
+        shape = (*made[0].shape[:2], self.heads, self.head_size)
+        q_BHSK, k_BHSK, v_BHSK = (x.view(shape).transpose(1, 2) for x in made)
         if taps is not None:
             taps["attention"] = self._scores(q_BHSK, k_BHSK, mask)
         return self.attention_output(attend(q_BHSK, k_BHSK, v_BHSK, mask, rate(self.attention_dropout)).transpose(1, 2).flatten(2))

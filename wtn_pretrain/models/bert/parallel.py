@@ -1,13 +1,18 @@
 """BERT over the ranks of a tensor group: heads, feed-forward and vocabulary are divided; names of tensors stay as they are."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wtn_pretrain.kernels.bias_gelu import linear_gelu
+from wtn_pretrain.kernels.bias_gelu import bias_gelu
+from wtn_pretrain.kernels.dropout_add_norm import dropout_add_norm
+from wtn_pretrain.kernels.live import live
 from wtn_pretrain.models.base import Carry, Taps
-from wtn_pretrain.models.bert.model import BertBlock, BertHead, BertNetwork
+from wtn_pretrain.models.bert.model import BertBlock, BertHead, BertNetwork, rate
+from wtn_pretrain.parallel.columns import columns
 from wtn_pretrain.parallel.tensor import (
     ColumnLinear,
     PartDropout,
@@ -16,8 +21,8 @@ from wtn_pretrain.parallel.tensor import (
     SharedNorm,
     VocabularyEmbedding,
     mark,
-    vocabulary_cross_entropy,
 )
+from wtn_pretrain.parallel.vocabulary import vocabulary_cross_entropy
 
 
 def divide(network: BertNetwork, ranks: Ranks) -> None:
@@ -47,8 +52,10 @@ class _Block(BertBlock):
         self.attention_dropout = whole.attention_dropout
         self.dropout = PartDropout(whole.dropout, ranks)
 
+    def _projected(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        return columns(x_BSD, [(part.weight, part.bias) for part in (self.query, self.key, self.value)], self._ranks)
+
     def _attend(self, x_BSD: Tensor, mask: Tensor | None, taps: Taps | None) -> Tensor:
-        x_BSD = self._ranks.enter(x_BSD)
         if not (self.training and self.attention_dropout.p):
             return super()._attend(x_BSD, mask, taps)
         with self._ranks.own_randomness():
@@ -56,11 +63,19 @@ class _Block(BertBlock):
 
     def _feed_forward(self, x_BSD: Tensor) -> Tensor:
         part = self.intermediate
-        return self.output(linear_gelu(self._ranks.enter(x_BSD), part.weight, part.bias))
+        if live("bias_gelu", x_BSD) == "triton":
+            (made,) = columns(x_BSD, [(part.weight, None)], self._ranks)
+            return self.output(bias_gelu(made, part.bias))
+        (made,) = columns(x_BSD, [(part.weight, part.bias)], self._ranks)
+        return self.output(F.gelu(made))
 
     def _join(self, x_BSD: Tensor, added_BSD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        total = x_BSD + self.dropout(added_BSD)
-        return norm(total), total
+        assert isinstance(norm, SharedNorm)
+        ranks, p = self._ranks, rate(self.dropout)
+        # drawn alike where the hidden state is whole, by each rank for itself where it has a part of the positions
+        with ranks.own_randomness() if ranks.sequence and p else nullcontext():
+            weight, bias = ranks.shared(norm.weight), ranks.shared(norm.bias)
+            return dropout_add_norm(added_BSD, None, x_BSD, weight, bias, norm.eps, p, training=True)
 
 
 class _Divided(SharedNorm):
@@ -96,19 +111,16 @@ class _Head(BertHead):
         self, carry: Carry, positions: Tensor | None = None, targets: Tensor | None = None, ignore: int = -100
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is not None:
-            return vocabulary_cross_entropy(self._logits(carry, positions).flatten(0, 1), targets.flatten(), self._ranks, ignore)
-        own = self._logits(carry, positions)
-        parts = [torch.empty_like(own) for _ in range(self._ranks.count)]
+            predicted = self.predicted(self._collected(carry), positions).flatten(0, 1)
+            return vocabulary_cross_entropy(predicted, self.decoder, self.bias, targets.flatten(), self._ranks, ignore)
         # for measuring alone: no gradient passes here
+        own = F.linear(self.predicted(self._collected(carry), positions), self.decoder, self.bias)
+        parts = [torch.empty_like(own) for _ in range(self._ranks.count)]
         dist.all_gather(parts, own.detach().contiguous(), group=self._ranks.group)
         return torch.cat(parts, -1)
 
     def pair_logits(self, carry: Carry) -> Tensor:
         return super().pair_logits(self._collected(carry))
-
-    def _logits(self, carry: Carry, positions: Tensor | None) -> Tensor:
-        predicted = self.predicted(self._collected(carry), positions)
-        return F.linear(self._ranks.copy(predicted), self.decoder, self.bias)
 
     def _collected(self, carry: Carry) -> Carry:
         return Carry(self._ranks.collect(carry.hidden), carry.context)
