@@ -6,7 +6,6 @@ import pytest
 
 from tests.running import Forge
 
-
 LONG = ("e2e", "distributed", "faults", "cluster")
 """Folders of tests that take long, the longest first."""
 
