@@ -45,7 +45,7 @@ from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
 from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.parallel.replicas import forget_replicas
-from wtn_pretrain.parallel.watch import Watch
+from wtn_pretrain.parallel.watch import STACKS, Watch
 from wtn_pretrain.planning.choose import choose_plan
 from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
@@ -109,7 +109,7 @@ class Narrow:
         """
         names = [_name(self.plan, rank) for rank in range(self.place.world_size)]
         trace = Trace(self.place.rank, names[self.place.rank], enabled=self.section.trace)
-        with Watch(self.place, names, self.section.patience) as watch:
+        with Watch(self.place, names, self.section.patience, stacks=self.folder / STACKS) as watch:
             if self.place.world_size > 1:
                 say(f"narrow: plan {self.plan}")
             observer = Observer(watch, trace)

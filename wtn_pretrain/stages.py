@@ -21,7 +21,8 @@ from wtn_pretrain.models.base import BlockConfig
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.store import load_network, load_shape, save_network
 from wtn_pretrain.narrow import Narrow
-from wtn_pretrain.parallel.launch import Place, require_same, wait_for_all
+from wtn_pretrain.parallel.between import watched
+from wtn_pretrain.parallel.launch import Place, require_same
 from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.recipe import Recipe, check_writable
 from wtn_pretrain.screen import say
@@ -116,9 +117,10 @@ class Stages:
             )
         self._begin(teacher)
         settings: dict[str, Section] = {"data": self.recipe.data, "task": self.recipe.task}
-        stage = Narrow(
-            self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings, self.notice
-        )
+        with watched(self.place, "plan"):
+            stage = Narrow(
+                self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings, self.notice
+            )
         # students that share a cache see the same batches
         data_seed = self.recipe.run.seed if self.recipe.narrow.cache else seed
         stage.go(seed, data_seed, lambda result: self.folder.finish(folder, result))
@@ -126,11 +128,11 @@ class Stages:
 
     def _begin(self, *networks: Path) -> None:
         """Keeps others from this run while a stage is at work on it, which starts from the networks of other stages."""
-        if self.place.rank == 0:
-            self.folder.lock()
-            for stage in networks:
-                self.folder.check_network(stage)
-        wait_for_all(self.place)
+        with watched(self.place, "begin"):
+            if self.place.rank == 0:
+                self.folder.lock()
+                for stage in networks:
+                    self.folder.check_network(stage)
 
     def _wide_model(self) -> BlockConfig:
         """The wide network's shape; once a teacher is in the run's folder, it is needed where it came from no more."""
@@ -147,16 +149,16 @@ class Stages:
         if finished:
             return finished
         self._begin()
-        if self.place.rank == 0:
-            foreign = self._teacher()
-            say(f"wide: {section.teacher}, {foreign.kind}, is the teacher; stage 1 and widen are not used")
-            save_network(folder, self.wide_shape, foreign.state)
-            score = evaluate(load_network(folder).to(device()), self.task)
-            say(f"wide: the teacher's {self.task.metric.name} is {score['metric']:.2f} {self.task.metric.unit}")
-            origin = {"teacher": section.teacher, "kind": foreign.kind, "sha256": foreign.hashes()}
-            self.folder.finish(folder, {**score, "steps": 0, "seconds": 0.0, "flops": 0.0, **origin})
-        forget_foreign()
-        wait_for_all(self.place)
+        with watched(self.place, "teacher"):
+            if self.place.rank == 0:
+                foreign = self._teacher()
+                say(f"wide: {section.teacher}, {foreign.kind}, is the teacher; stage 1 and widen are not used")
+                save_network(folder, self.wide_shape, foreign.state)
+                score = evaluate(load_network(folder).to(device()), self.task)
+                say(f"wide: the teacher's {self.task.metric.name} is {score['metric']:.2f} {self.task.metric.unit}")
+                origin = {"teacher": section.teacher, "kind": foreign.kind, "sha256": foreign.hashes()}
+                self.folder.finish(folder, {**score, "steps": 0, "seconds": 0.0, "flops": 0.0, **origin})
+            forget_foreign()
         return self.folder.result(folder) or {}
 
     def _train(
@@ -174,10 +176,11 @@ class Stages:
         if finished:
             return finished
         self._begin(*([start] if start else []))
-        torch.manual_seed(init)
-        network = load_network(start) if start else shape.build()
-        if getattr(section, "int8", False):
-            fake_quantise(network)
+        with watched(self.place, "network"):
+            torch.manual_seed(init)
+            network = load_network(start) if start else shape.build()
+            if getattr(section, "int8", False):
+                fake_quantise(network)
         trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place, notice=self.notice)
         forward = self.task.stage_flops(shape, section.steps)
         result = {
@@ -187,13 +190,13 @@ class Stages:
             # a backward pass costs twice a forward pass
             "flops": 3 * forward * section.steps * section.batch_size,
         }
-        if trained.state is not None:
-            save_network(folder, shape, without_ranges(trained.state))
-            if getattr(section, "int8", False):
-                # what is left is plain: its own figures, beside those of the network as it was trained
-                plain = evaluate(load_network(folder).to(device()), self.task)
-                result |= {**plain, **{f"int8_{key}": value for key, value in trained.score.items()}}
-            self.folder.finish(folder, result)
         # the next stage of any rank starts from what the first one has written
-        wait_for_all(self.place)
+        with watched(self.place, "network"):
+            if trained.state is not None:
+                save_network(folder, shape, without_ranges(trained.state))
+                if getattr(section, "int8", False):
+                    # what is left is plain: its own figures, beside those of the network as it was trained
+                    plain = evaluate(load_network(folder).to(device()), self.task)
+                    result |= {**plain, **{f"int8_{key}": value for key, value in trained.score.items()}}
+                self.folder.finish(folder, result)
         return result

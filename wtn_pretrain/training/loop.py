@@ -20,7 +20,7 @@ from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place, wait_for_all
 from wtn_pretrain.parallel.preemption import Departure, Notice
-from wtn_pretrain.parallel.watch import Watch
+from wtn_pretrain.parallel.watch import STACKS, Watch
 from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, TaskModule
 from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints, Stateful
@@ -73,7 +73,8 @@ def train(
         Preempted: `notice` came; a checkpoint of the last step is kept.
     """
     departure = Departure(notice, place) if notice else None
-    with Watch(place, [f"rank {rank}" for rank in range(place.world_size)], SILENCE, together=section.patience) as watch:
+    names = [f"rank {rank}" for rank in range(place.world_size)]
+    with Watch(place, names, SILENCE, together=section.patience, stacks=folder / STACKS) as watch:
         with watch.allow(START, "start"):
             run = _Training(network, task, section, stage, folder, seed, place, watch)
         return run.go(departure)
