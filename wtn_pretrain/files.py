@@ -1,5 +1,6 @@
 """Writing files so that a reader finds the old one or the new one, never a part."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -37,7 +38,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Like `write_text`, for a file that `write` fills."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with part.open("wb") as file:
                 write(file)
@@ -69,6 +70,16 @@ def switch_folder(draft: Path, path: Path) -> None:
     else:
         os.rename(draft, path)
     sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, if they are missing, and their names durable: what is in it is found by them."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        # one may be let to write where it may not read
+        with contextlib.suppress(PermissionError):
+            sync_folder(folder.parent)
 
 
 def sync_folder(path: Path) -> None:

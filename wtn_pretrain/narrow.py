@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,10 +89,11 @@ class Narrow:
         place: Place,
         settings: dict[str, Section],
         notice: Notice,
+        identity: Mapping[str, str],
     ) -> None:
         """`teacher` holds the wide network, `folder` receives the thin one; both are seen by all ranks. `settings` made the data.
-        `notice`: on which the stage is left early."""
-        self.notice = notice
+        `notice`: on which the stage is left early. `identity`: what else a checkpoint must have in common with this run to be continued."""
+        self.notice, self.identity = notice, identity
         self.section, self.task, self.thin, self.wide, self.pairing = section, task, thin, wide, pairing
         self.teacher, self.folder, self.place, self.settings = teacher, folder, place, settings
         self.counts = task.forward_flops(thin), task.forward_flops(wide)
@@ -152,7 +153,7 @@ class Narrow:
         taught = None
         if store_of_answers is not None:
             taught = self._taught(store_of_answers, imitator, wiring, stream, observer, store)
-        identity = {"seed": seed, "loss": section.loss}
+        identity = {"seed": seed, "loss": section.loss, **self.task.identity, **self.identity}
         position = Run(imitator, order, stream, self.folder, wiring, taught, notice=self.notice, identity=identity).go()
         errors = imitation_errors(imitator, wiring, batches(self.task.valid, rows), ERROR_BATCHES)
         imitator.close()

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from wtn_pretrain.config import Section, dump_yaml
+from wtn_pretrain.config import Section, dump_yaml, validate
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.device import device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.foreign import Foreign, forget_foreign, open_foreign
 from wtn_pretrain.exchange.teacher import adapted, require_kin, require_same_inputs
-from wtn_pretrain.folder import RunFolder
+from wtn_pretrain.folder import CHECKSUM, RunFolder, settings_of
 from wtn_pretrain.imitation.bridges import bridge_kinds
 from wtn_pretrain.imitation.learner import learner_config
 from wtn_pretrain.imitation.pairing import pair
@@ -24,6 +24,7 @@ from wtn_pretrain.narrow import Narrow
 from wtn_pretrain.parallel.between import watched
 from wtn_pretrain.parallel.launch import Place, require_same
 from wtn_pretrain.parallel.preemption import Notice
+from wtn_pretrain.parallel.shared_folder import require_shared
 from wtn_pretrain.recipe import Recipe, check_writable
 from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
@@ -51,7 +52,7 @@ class Stages:
         self.recipe, self.place, self.notice = recipe, place, notice
         check_writable(recipe.place())
         self.folder = RunFolder(recipe.place())
-        self.folder.check(dump_yaml(recipe))
+        self.folder.check(dump_yaml(recipe), lambda old: dump_yaml(validate(Recipe, old)))
         self.task = open_task(recipe, self.folder.path / "data")
         wide = self._wide_model()
         self.thin = self.task.complete(adapted(recipe.model, wide))
@@ -78,6 +79,7 @@ class Stages:
         with torch.device("meta"):
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
         require_same(place, dump_yaml(recipe))
+        require_shared(place, self.folder.path)
         choice = activate(recipe.run.kernels)
         if place.rank == 0:
             print(choice.describe(), flush=True)
@@ -119,12 +121,31 @@ class Stages:
         settings: dict[str, Section] = {"data": self.recipe.data, "task": self.recipe.task}
         with watched(self.place, "plan"):
             stage = Narrow(
-                self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings, self.notice
+                self.recipe.narrow,
+                self.task,
+                self.thin,
+                self.wide_shape,
+                self.pairing,
+                teacher,
+                folder,
+                self.place,
+                settings,
+                self.notice,
+                self._identity("narrow", self.thin, self.recipe.narrow, teacher),
             )
         # students that share a cache see the same batches
         data_seed = self.recipe.run.seed if self.recipe.narrow.cache else seed
         stage.go(seed, data_seed, lambda result: self.folder.finish(folder, result))
         return self.folder.result(folder) or {}
+
+    def _identity(self, name: str, shape: BlockConfig, section: Section, start: Path | None) -> dict[str, str]:
+        """What a stage computes with, and the network of another stage that it starts from."""
+        recipe = self.recipe
+        told = (self.folder.result(start) or {}).get(CHECKSUM) if start else None
+        return {
+            **settings_of({"model": shape, "task": recipe.task, "data": recipe.data, name: section}),
+            **({"start.sha256": str(told)} if told else {}),
+        }
 
     def _begin(self, *networks: Path) -> None:
         """Keeps others from this run while a stage is at work on it, which starts from the networks of other stages."""
@@ -181,7 +202,19 @@ class Stages:
             network = load_network(start) if start else shape.build()
             if getattr(section, "int8", False):
                 fake_quantise(network)
-        trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place, notice=self.notice)
+        # the baseline's section is fine-tuning's own, changed
+        identity = self._identity("finetune" if name == "scratch" else name, shape, section, start)
+        trained = train(
+            network,
+            self.task,
+            section,
+            stage=name,
+            folder=folder,
+            seed=init,
+            place=self.place,
+            notice=self.notice,
+            identity=identity,
+        )
         forward = self.task.stage_flops(shape, section.steps)
         result = {
             **trained.score,

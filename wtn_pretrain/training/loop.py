@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,9 @@ START, SAVE, EVALUATE = 1800.0, 1800.0, 3600.0
 """Seconds that starting with the first step, a save and a validation may take before a rank counts as hung."""
 
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
 class Trained(NamedTuple):
     """What a training stage leaves."""
 
@@ -66,8 +70,11 @@ def train(
     seed: int,
     place: Place,
     notice: Notice | None = None,
+    identity: Mapping[str, str] = NOTHING,
 ) -> Trained:
     """Trains `network` on `task` through DeepSpeed, continuing from the newest checkpoint in `folder` if there is one.
+
+    `identity`: what else a checkpoint must have in common with this run to be continued.
 
     Raises:
         Preempted: `notice` came; a checkpoint of the last step is kept.
@@ -76,7 +83,7 @@ def train(
     names = [f"rank {rank}" for rank in range(place.world_size)]
     with Watch(place, names, SILENCE, together=section.patience, stacks=folder / STACKS) as watch:
         with watch.allow(START, "start"):
-            run = _Training(network, task, section, stage, folder, seed, place, watch)
+            run = _Training(network, task, section, stage, folder, seed, place, watch, identity)
         return run.go(departure)
 
 
@@ -84,7 +91,16 @@ class _Training:
     """One start of a stage on this rank."""
 
     def __init__(
-        self, network: BlockNetwork, task: Task, section: TrainSection, stage: str, folder: Path, seed: int, place: Place, watch: Watch
+        self,
+        network: BlockNetwork,
+        task: Task,
+        section: TrainSection,
+        stage: str,
+        folder: Path,
+        seed: int,
+        place: Place,
+        watch: Watch,
+        more: Mapping[str, str],
     ) -> None:
         self.network, self.task, self.section, self.stage, self.seed, self.watch = network, task, section, stage, seed, watch
         self.place = place
@@ -110,6 +126,7 @@ class _Training:
             "batch_size": section.batch_size,
             "optimizer": section.optimizer.name,
             **task.identity,
+            **more,
         }
         self.guard = Guard(self.engine, network, section, stage, folder, self.stream)
         beside: dict[str, Stateful] = {"guard": self.guard, **({"average": self.average} if self.average else {})}
