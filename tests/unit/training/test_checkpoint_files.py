@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.running import ROOT, no_room
 from wtn_pretrain.checkpoint.files import MANIFEST, DamagedError, part_of, sealed
 from wtn_pretrain.checkpoint.keeping import Keep
+from wtn_pretrain.checkpoint.together import draft_of, switch_in
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.training.checkpoint.contents import contents, shown
@@ -254,6 +255,24 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     writer.start(*described(1))
     with pytest.raises(UserError, match="checkpoints.*cannot be written"):
         writer.close()
+
+
+def test_a_part_that_another_host_has_kept_for_itself(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    manifest = read_manifest(folder)
+    draft = draft_of(tmp_path, "step4")
+    draft.mkdir()
+    with pytest.raises(UserError, match=rf"{PART}: another rank has written it, and it is not seen here; .* all hosts share"):
+        switch_in(tmp_path, "step4", manifest, manifest.parts)
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [3]
+
+
+def test_what_people_read_may_fail(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "mine").touch()
+    folder = write(tmp_path, 3, 4)
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [4, 3]
+    contents(folder)
 
 
 def verified(path: Path) -> subprocess.CompletedProcess[str]:

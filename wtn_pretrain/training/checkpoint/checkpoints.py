@@ -214,11 +214,7 @@ class Checkpoints:
         wrong = next((name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)), None)
         if wrong is not None:
             raise DamagedError(f"{folder}: belongs to another network ({wrong} {there.get(wrong)}, and here {here.get(wrong)})")
-        held = {key.partition("/")[0] for key in manifest.others}
-        # of what an earlier version did not keep beside the engine there is nothing, of what it kept there is all
-        missing = next(
-            (key for key, _, _ in self._others() if key not in manifest.others and key.partition("/")[0] in held | {BUFFERS}), None
-        )
+        missing = next((key for key, _, _ in self._others() if key not in manifest.others), None)
         if missing is not None:
             raise DamagedError(f"{folder}: holds no {missing}")
 
@@ -264,13 +260,10 @@ class Checkpoints:
         restored: dict[str, dict[str, Tensor]] = {owner: {} for owner in self._beside}
         for key, source, _ in self._others():
             owner, _, name = key.partition("/")
-            if owner in restored and key in others:
+            if owner in restored:
                 restored[owner][name] = cut(source, others[key])
         for owner, state in restored.items():
-            if state:
-                self._beside[owner].load_state_dict(state)
-            else:
-                say(f"{self._stage}: {folder} was written without {owner}, which begins anew")
+            self._beside[owner].load_state_dict(state)
         set_counters(self._engine, manifest.counters, step)
         return manifest.seconds
 
