@@ -178,6 +178,10 @@ class Watch:
         while self._leaving:
             time.sleep(1)  # the thread ends the process
         self._give_signals_back()
+        if self._alone:
+            # those of other ranks' watches are listened to until all have ended
+            self._signals.close()
+            self._bell.close()
 
     def _take_signals(self) -> None:
         self._terminable = False
