@@ -57,7 +57,9 @@ class Together:
         if problem:
             shutil.rmtree(draft_of(self.folder, name), ignore_errors=True)
         else:
-            remove_old(self.endings.lost(number))
+            # what cannot be looked through keeps all that stands there
+            with contextlib.suppress(UserError):
+                remove_old(self.endings.lost(number))
         self.endings.tell(number, Ending(name, problem))
 
     def _tell(self, name: str, share: str) -> list[str] | None:
