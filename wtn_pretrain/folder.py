@@ -1,6 +1,5 @@
 """The run's folder: its configuration, one folder a stage, and what says that a stage is done."""
 
-import contextlib
 import hashlib
 import json
 import re
@@ -34,11 +33,10 @@ class RunFolder:
         existing = self.path / "config.yaml"
         if existing.exists():
             old = read_yaml(existing)
-            if complete is not None:
-                # what cannot be completed is compared as it stands, which names the key
-                with contextlib.suppress(UserError):
-                    old = yaml.safe_load(complete(old))
-            difference = next(_differences(old, yaml.safe_load(config)), None)
+            try:
+                difference = next(_differences(yaml.safe_load(complete(old)) if complete else old, yaml.safe_load(config)), None)
+            except UserError as error:
+                difference = f"which this version does not read: {error}"
             if difference:
                 raise UserError(
                     f"{self.path}: holds a run with another configuration ({difference}); choose another --run.name or remove the folder"
