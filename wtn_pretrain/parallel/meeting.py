@@ -92,8 +92,8 @@ def _this_start(start: Start, store: torch.distributed.Store, deadline: float) -
                     store.set(f"answer-{rank}", f"{question.decode()} {mine}")
                     answered[rank] = question
             elif store.check([f"answer-{start.rank}"]):
-                question, name = store.get(f"answer-{start.rank}").decode().split()
-                if question == mine:
+                asked, name = store.get(f"answer-{start.rank}").decode().split()
+                if asked == mine:
                     store.set(f"has-{start.rank}-{name}", "yes")
                     return name
         if missing and time.monotonic() > deadline:
