@@ -224,7 +224,9 @@ def shimmed(shim: Path) -> Mapping[str, str]:
 
 def _said(started: Started, stage: str) -> list[str]:
     """What the run itself has said beside its progress; libraries warn of other things."""
-    return [line for line in started.stderr().splitlines() if line.startswith(("error: ", "runs/", f"{stage}: "))]
+    lines = [line for line in started.stderr().splitlines() if line.startswith(("error: ", "runs/", f"{stage}: "))]
+    # which plan it has taken is no fault
+    return [line for line in lines if not line.startswith(f"{stage}: plan ")]
 
 
 def _kept(folder: Path) -> list[str]:
