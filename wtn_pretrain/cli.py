@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from wtn_pretrain.again import AGAIN, mark, unmark
+from wtn_pretrain.again import AGAIN, left_before, mark, seconds_before, unmark
 from wtn_pretrain.config import describe
 from wtn_pretrain.errors import Preempted, UserError
 
@@ -75,16 +75,21 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         from wtn_pretrain.recipe import load_recipe
 
         recipe = load_recipe(config, assignments)
+        if left := left_before(recipe.place()):
+            raise Preempted(left)
+        from wtn_pretrain.parallel.between import watched
         from wtn_pretrain.parallel.launch import describe_ranks, start_ranks
         from wtn_pretrain.parallel.preemption import Notice
         from wtn_pretrain.stages import Stages
 
-        with contextlib.closing(Notice(60 * recipe.run.time_limit)) as notice:
+        limit = 60 * recipe.run.time_limit
+        with contextlib.closing(Notice(limit, limit - seconds_before())) as notice:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
             place = start_ranks(start)
             if place.rank == 0:
                 print(describe_ranks(), flush=True)
-            stages = Stages(recipe, place, notice)
+            with watched(place, "start"):
+                stages = Stages(recipe, place, notice)
             folder = stages.folder.path
             if place.rank == 0:
                 unmark(folder)

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from wtn_pretrain.config import read_yaml
+from wtn_pretrain.config import Section, read_yaml
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
 from wtn_pretrain.lock import Lock
@@ -24,11 +24,19 @@ class RunFolder:
         self.path = path
         self._lock: Lock | None = None
 
-    def check(self, config: str) -> None:
-        """Refuses if the folder holds a run that this configuration would not continue."""
+    def check(self, config: str, complete: Callable[[dict[str, Any]], str] | None = None) -> None:
+        """Refuses if the folder holds a run that this configuration would not continue.
+
+        `complete`: gives a configuration as this version writes it, with the defaults of keys that the version did not have yet that began
+        the run; it may raise a UserError where this version knows a key no more.
+        """
         existing = self.path / "config.yaml"
         if existing.exists():
-            difference = next(_differences(read_yaml(existing), yaml.safe_load(config)), None)
+            old = read_yaml(existing)
+            try:
+                difference = next(_differences(yaml.safe_load(complete(old)) if complete else old, yaml.safe_load(config)), None)
+            except UserError as error:
+                difference = f"which this version does not read: {error}"
             if difference:
                 raise UserError(
                     f"{self.path}: holds a run with another configuration ({difference}); choose another --run.name or remove the folder"
@@ -105,6 +113,24 @@ _FREE = re.compile(
     r"|(wide|finetune)\.(deepspeed|micro_batch_size|tensor_parallel|sequence_parallel|checkpoint_activations|compile)"
     r"|narrow\.(plan|in_flight|trace|offload|offload_batches)"
 )
+
+
+def settings_of(sections: Mapping[str, Section]) -> dict[str, str]:
+    """What a stage computes with, key by key: `section.key` -> its value as JSON, without those that may change from start to start."""
+    found: dict[str, str] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if _FREE.fullmatch(path):
+            return
+        if isinstance(value, dict):
+            for key, one in value.items():
+                walk(f"{path}.{key}", one)
+        else:
+            found[path] = json.dumps(value)
+
+    for name, section in sections.items():
+        walk(name, section.model_dump(mode="json"))
+    return found
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

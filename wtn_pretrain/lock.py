@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.screen import say
 
 LOCK = ".lock"
 
@@ -23,6 +24,7 @@ class Lock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
+                say(f"{folder}: this file system keeps no locks ({error.strerror}); see to it yourself that nobody else works here")
                 return
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"

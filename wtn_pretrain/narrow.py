@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
 from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.parallel.replicas import forget_replicas
-from wtn_pretrain.parallel.watch import Watch
+from wtn_pretrain.parallel.watch import STACKS, Watch
 from wtn_pretrain.planning.choose import choose_plan
 from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
@@ -89,10 +89,11 @@ class Narrow:
         place: Place,
         settings: dict[str, Section],
         notice: Notice,
+        identity: Mapping[str, str],
     ) -> None:
         """`teacher` holds the wide network, `folder` receives the thin one; both are seen by all ranks. `settings` made the data.
-        `notice`: on which the stage is left early."""
-        self.notice = notice
+        `notice`: on which the stage is left early. `identity`: what else a checkpoint must have in common with this run to be continued."""
+        self.notice, self.identity = notice, identity
         self.section, self.task, self.thin, self.wide, self.pairing = section, task, thin, wide, pairing
         self.teacher, self.folder, self.place, self.settings = teacher, folder, place, settings
         self.counts = task.forward_flops(thin), task.forward_flops(wide)
@@ -109,7 +110,7 @@ class Narrow:
         """
         names = [_name(self.plan, rank) for rank in range(self.place.world_size)]
         trace = Trace(self.place.rank, names[self.place.rank], enabled=self.section.trace)
-        with Watch(self.place, names, self.section.patience) as watch:
+        with Watch(self.place, names, self.section.patience, stacks=self.folder / STACKS) as watch:
             if self.place.world_size > 1:
                 say(f"narrow: plan {self.plan}")
             observer = Observer(watch, trace)
@@ -152,7 +153,7 @@ class Narrow:
         taught = None
         if store_of_answers is not None:
             taught = self._taught(store_of_answers, imitator, wiring, stream, observer, store)
-        identity = {"seed": seed, "loss": section.loss}
+        identity = {"seed": seed, "loss": section.loss, **self.task.identity, **self.identity}
         position = Run(imitator, order, stream, self.folder, wiring, taught, notice=self.notice, identity=identity).go()
         errors = imitation_errors(imitator, wiring, batches(self.task.valid, rows), ERROR_BATCHES)
         imitator.close()

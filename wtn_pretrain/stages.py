@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from wtn_pretrain.config import Section, dump_yaml
+from wtn_pretrain.config import Section, dump_yaml, validate
 from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.device import device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.foreign import Foreign, forget_foreign, open_foreign
 from wtn_pretrain.exchange.teacher import adapted, require_kin, require_same_inputs
-from wtn_pretrain.folder import RunFolder
+from wtn_pretrain.folder import CHECKSUM, RunFolder, settings_of
 from wtn_pretrain.imitation.bridges import bridge_kinds
 from wtn_pretrain.imitation.learner import learner_config
 from wtn_pretrain.imitation.pairing import pair
@@ -21,8 +21,10 @@ from wtn_pretrain.models.base import BlockConfig
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.store import load_network, load_shape, save_network
 from wtn_pretrain.narrow import Narrow
-from wtn_pretrain.parallel.launch import Place, require_same, wait_for_all
+from wtn_pretrain.parallel.between import watched
+from wtn_pretrain.parallel.launch import Place, require_same
 from wtn_pretrain.parallel.preemption import Notice
+from wtn_pretrain.parallel.shared_folder import require_shared
 from wtn_pretrain.planning.fit import require_divisible
 from wtn_pretrain.recipe import Recipe, check_writable
 from wtn_pretrain.refusals import check_before_data, check_stage, to_train
@@ -51,7 +53,7 @@ class Stages:
         self.recipe, self.place, self.notice = recipe, place, notice
         check_writable(recipe.place())
         self.folder = RunFolder(recipe.place())
-        self.folder.check(dump_yaml(recipe))
+        self.folder.check(dump_yaml(recipe), lambda old: dump_yaml(validate(Recipe, old)))
         choice = activate(recipe.run.kernels)
         wide = self._wide_model()
         # reading the data may take hours, and leaves files
@@ -72,6 +74,7 @@ class Stages:
         with torch.device("meta"):
             bridge_kinds(self.thin.build(), self.wide_shape.build(), self.pairing, recipe.narrow.bridge)
         require_same(place, dump_yaml(recipe))
+        require_shared(place, self.folder.path)
         if place.rank == 0:
             print(choice.describe(), flush=True)
             self.folder.claim(dump_yaml(recipe))
@@ -110,21 +113,41 @@ class Stages:
             )
         self._begin(teacher)
         settings: dict[str, Section] = {"data": self.recipe.data, "task": self.recipe.task}
-        stage = Narrow(
-            self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings, self.notice
-        )
+        with watched(self.place, "plan"):
+            stage = Narrow(
+                self.recipe.narrow,
+                self.task,
+                self.thin,
+                self.wide_shape,
+                self.pairing,
+                teacher,
+                folder,
+                self.place,
+                settings,
+                self.notice,
+                self._identity("narrow", self.thin, self.recipe.narrow, teacher),
+            )
         # students that share a cache see the same batches
         data_seed = self.recipe.run.seed if self.recipe.narrow.cache else seed
         stage.go(seed, data_seed, lambda result: self.folder.finish(folder, result))
         return self.folder.result(folder) or {}
 
+    def _identity(self, name: str, shape: BlockConfig, section: Section, start: Path | None) -> dict[str, str]:
+        """What a stage computes with, and the network of another stage that it starts from."""
+        recipe = self.recipe
+        told = (self.folder.result(start) or {}).get(CHECKSUM) if start else None
+        return {
+            **settings_of({"model": shape, "task": recipe.task, "data": recipe.data, name: section}),
+            **({"start.sha256": str(told)} if told else {}),
+        }
+
     def _begin(self, *networks: Path) -> None:
         """Keeps others from this run while a stage is at work on it, which starts from the networks of other stages."""
-        if self.place.rank == 0:
-            self.folder.lock()
-            for stage in networks:
-                self.folder.check_network(stage)
-        wait_for_all(self.place)
+        with watched(self.place, "begin"):
+            if self.place.rank == 0:
+                self.folder.lock()
+                for stage in networks:
+                    self.folder.check_network(stage)
 
     def _wide_model(self) -> BlockConfig:
         """The wide network's shape; once a teacher is in the run's folder, it is needed where it came from no more."""
@@ -141,16 +164,16 @@ class Stages:
         if finished:
             return finished
         self._begin()
-        if self.place.rank == 0:
-            foreign = self._teacher()
-            say(f"wide: {section.teacher}, {foreign.kind}, is the teacher; stage 1 and widen are not used")
-            save_network(folder, self.wide_shape, foreign.state)
-            score = evaluate(load_network(folder).to(device()), self.task)
-            say(f"wide: the teacher's {self.task.metric.name} is {score['metric']:.2f} {self.task.metric.unit}")
-            origin = {"teacher": section.teacher, "kind": foreign.kind, "sha256": foreign.hashes()}
-            self.folder.finish(folder, {**score, "steps": 0, "seconds": 0.0, "flops": 0.0, **origin})
-        forget_foreign()
-        wait_for_all(self.place)
+        with watched(self.place, "teacher"):
+            if self.place.rank == 0:
+                foreign = self._teacher()
+                say(f"wide: {section.teacher}, {foreign.kind}, is the teacher; stage 1 and widen are not used")
+                save_network(folder, self.wide_shape, foreign.state)
+                score = evaluate(load_network(folder).to(device()), self.task)
+                say(f"wide: the teacher's {self.task.metric.name} is {score['metric']:.2f} {self.task.metric.unit}")
+                origin = {"teacher": section.teacher, "kind": foreign.kind, "sha256": foreign.hashes()}
+                self.folder.finish(folder, {**score, "steps": 0, "seconds": 0.0, "flops": 0.0, **origin})
+            forget_foreign()
         return self.folder.result(folder) or {}
 
     def _train(
@@ -169,11 +192,24 @@ class Stages:
             return finished
         require_divisible(name, section, self.place.world_size)
         self._begin(*([start] if start else []))
-        torch.manual_seed(init)
-        network = load_network(start) if start else shape.build()
-        if getattr(section, "int8", False):
-            fake_quantise(network)
-        trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place, notice=self.notice)
+        with watched(self.place, "network"):
+            torch.manual_seed(init)
+            network = load_network(start) if start else shape.build()
+            if getattr(section, "int8", False):
+                fake_quantise(network)
+        # the baseline's section is fine-tuning's own, changed
+        identity = self._identity("finetune" if name == "scratch" else name, shape, section, start)
+        trained = train(
+            network,
+            self.task,
+            section,
+            stage=name,
+            folder=folder,
+            seed=init,
+            place=self.place,
+            notice=self.notice,
+            identity=identity,
+        )
         forward = self.task.stage_flops(shape, section.steps)
         result = {
             **trained.score,
@@ -182,13 +218,13 @@ class Stages:
             # a backward pass costs twice a forward pass
             "flops": 3 * forward * section.steps * section.batch_size,
         }
-        if trained.state is not None:
-            save_network(folder, shape, without_ranges(trained.state))
-            if getattr(section, "int8", False):
-                # what is left is plain: its own figures, beside those of the network as it was trained
-                plain = evaluate(load_network(folder).to(device()), self.task)
-                result |= {**plain, **{f"int8_{key}": value for key, value in trained.score.items()}}
-            self.folder.finish(folder, result)
         # the next stage of any rank starts from what the first one has written
-        wait_for_all(self.place)
+        with watched(self.place, "network"):
+            if trained.state is not None:
+                save_network(folder, shape, without_ranges(trained.state))
+                if getattr(section, "int8", False):
+                    # what is left is plain: its own figures, beside those of the network as it was trained
+                    plain = evaluate(load_network(folder).to(device()), self.task)
+                    result |= {**plain, **{f"int8_{key}": value for key, value in trained.score.items()}}
+                self.folder.finish(folder, result)
         return result

@@ -45,6 +45,13 @@ def test_any_number_of_ranks_under_any_zero_stage(forge: Forge, tmp_path: Path) 
     require_same(moves)
 
 
+def test_ranks_zero_stages_and_tensor_groups_one_after_the_other(forge: Forge, tmp_path: Path) -> None:
+    starts = ((2, "z1"), (1, "z2"), (4, "z3"), (2, "z1t2"), (1, "z1"))
+    moves = [record for ranks, layout in starts for record in move(forge, tmp_path, ranks, layout)]
+    assert [record["step"] for record in moves] == [0, 3, 6, 9, 12]
+    require_same(moves, losses=1)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "layouts", "states"),
     [

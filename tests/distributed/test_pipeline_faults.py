@@ -138,7 +138,7 @@ def test_a_killed_rank_is_named_and_the_run_continues(culprit: int, imitations: 
     assert time.monotonic() - began < 10
     assert codes[culprit] == -signal.SIGKILL and codes[1 - culprit] == AGAIN
     units = ("units 0-1", "units 2-3")[culprit]
-    one_error(started.errors(), rf"rank {culprit} \({units}\) has died \(killed by SIGKILL\); {CONTINUES}")
+    one_error(started.errors(), rf"rank {culprit} \({units}\) has died \(killed by SIGKILL\); stacks in \S+/narrow/stacks; {CONTINUES}")
     continued(imitations.start(config, ranks=2), beyond=20)
     assert equal_bits(imitations.left(config).weights, whole.weights)
 

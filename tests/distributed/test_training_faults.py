@@ -56,7 +56,7 @@ def test_a_lost_rank_is_named(
     assert seconds < within
     assert codes[1 - culprit] == AGAIN
     (said,) = [line for line in started.errors() if line.startswith("error:")]
-    assert re.fullmatch(rf"error: rank {culprit} {says}; {CONTINUES}", said), said
+    assert re.fullmatch(rf"error: rank {culprit} {says}; stacks in runs/bert/wide/stacks; {CONTINUES}", said), said
     assert "Traceback" not in started.stderr()
     forge.start("train_wide.py", config, ranks=2).succeed()
     assert losses(stage) == whole[0]

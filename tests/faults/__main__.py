@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.faults.broken import CASES, broken, build, compiler, frozen, jumping, shimmed, twice
+from tests.faults.broken import CASES, broken, build, compiler, frozen, jumping, killed_waiting, shimmed, twice
 from tests.faults.kills import Trial, trial
 from tests.faults.layouts import LAYOUTS, Runs
 from tests.running import ROOT, Forge
@@ -126,6 +126,7 @@ def main() -> int:
             outcomes: dict[str, list[Any]] = {"disks": [], "clocks": [], "signals": [], "folders": []}
             if not options.no_disks:
                 work = [("disks", lambda name=name: broken(runs, name)) for name in CASES if shim]
+                work += [("disks", lambda: killed_waiting(runs, "wide, alone"))] if shim else []
                 work += [("clocks", lambda name=name: jumping(runs, name)) for name in CLOCKED if shim]
                 work += [("signals", lambda name=name, by=by: frozen(runs, name, by)) for by in SIGNALS.values() for name in FROZEN]
                 work += [("folders", lambda name=name: twice(runs, name)) for name in ("wide, ZeRO 2", "narrow, 2 spans")]

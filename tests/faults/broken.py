@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.faults.layouts import LAYOUTS, Layout, Runs
-from tests.running import Started, equal_bits, reached, records, steps_logged
+from tests.running import Started, equal_bits, reached, records, steps_logged, weights
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.verify import find
 
@@ -136,6 +136,35 @@ def broken(runs: Runs, name: str) -> Outcome:
     return Outcome(name, max(codes), said, problems, started.seconds())
 
 
+def killed_waiting(runs: Runs, name: str) -> Outcome:
+    """A run that is killed while its records wait for a disk that is full: they are gone, and nothing else."""
+    layout = LAYOUTS[name]
+    config = runs.config(layout)
+    stage = runs.stage(layout, config)
+    full = Fault("write", errno.ENOSPC, "metrics.jsonl", 20)
+    started = runs.start(layout, config, variables={"FAULTS": str(full), "FAULTY_RANK": "0"})
+    deadline = time.monotonic() + 120
+    while not (stage / "checkpoints" / "step40").is_dir() and not started.ended() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    started.kill()
+    codes = started.codes()
+    problems = [] if codes == [-signal.SIGKILL] * layout.ranks else [f"ended with {codes} before it was killed"]
+    before = steps_logged(stage)
+    problems += _kept(stage / "checkpoints")
+    again = runs.start(layout, config)
+    again.succeed(300)
+    whole, _ = runs.whole(name)
+    if not equal_bits(weights(stage), whole.weights):
+        problems.append("weights differ")
+    found = {record["step"]: record["loss"] for record in records(stage)}
+    known = {step: loss for step, loss, _ in whole.losses}
+    if len(found) != len(steps_logged(stage)) or any(known[step] != loss for step, loss in found.items()):
+        problems.append("a step was recorded twice, or with another loss")
+    if not set(before) <= found.keys() or found.keys() == known.keys():
+        problems.append(f"steps {sorted(known.keys() - found.keys())} are not recorded; {len(before)} were when it was killed")
+    return Outcome(f"{name}, killed while records wait", max(codes), _said(started, layout.stage), problems, started.seconds())
+
+
 def jumping(runs: Runs, name: str) -> Outcome:
     """A run whose wall clock goes a day forth and two back every second."""
     layout = LAYOUTS[name]
@@ -195,7 +224,9 @@ def shimmed(shim: Path) -> Mapping[str, str]:
 
 def _said(started: Started, stage: str) -> list[str]:
     """What the run itself has said beside its progress; libraries warn of other things."""
-    return [line for line in started.stderr().splitlines() if line.startswith(("error: ", "runs/", f"{stage}: "))]
+    lines = [line for line in started.stderr().splitlines() if line.startswith(("error: ", "runs/", f"{stage}: "))]
+    # which plan it has taken is no fault
+    return [line for line in lines if not line.startswith(f"{stage}: plan ")]
 
 
 def _kept(folder: Path) -> list[str]:

@@ -1,14 +1,19 @@
 """A run's folder: claimed once everything fits, continued by what computes the same, refused for the rest."""
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.running import RESNET, recipe
 from wtn_pretrain.cli import main
+from wtn_pretrain.config import dump_yaml, validate
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.folder import RunFolder
+from wtn_pretrain.folder import RunFolder, settings_of
 from wtn_pretrain.parallel import launch
+from wtn_pretrain.recipe import Recipe
 
 OLD = {
     "run": {"name": "x", "folder": "runs"},
@@ -37,6 +42,46 @@ def test_what_computes_the_same_continues_the_run(tmp_path: Path) -> None:
     newer = yaml.safe_dump({**OLD, "compare": {"seeds": [0, 1]}})
     folder.claim(newer)
     assert (tmp_path / "config.yaml").read_text() == newer
+
+
+def test_a_run_that_an_earlier_version_began(tmp_path: Path) -> None:
+    tree = recipe(RESNET)
+    now = validate(Recipe, tree)
+    then = yaml.safe_load(dump_yaml(now))
+    # keys that came later, free ones and others
+    del then["wide"]["max_skipped"], then["wide"]["spike"], then["narrow"]["optimizer"]["momentum"], then["export"]
+    folder = RunFolder(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(then))
+    folder.check(dump_yaml(now), completed)
+    # another value than it had without the key is other work
+    other = validate(Recipe, recipe(RESNET, {"wide.spike": 9.0}))
+    with pytest.raises(UserError, match=r"wide.spike was 0.0 and is now 9.0"):
+        folder.check(dump_yaml(other), completed)
+    # and so is a key that is known no more
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**then, "wide": {**then["wide"], "spikes": 3}}))
+    with pytest.raises(UserError, match=r"another configuration \(which this version does not read: unknown key wide.spikes; did you"):
+        folder.check(dump_yaml(now), completed)
+
+
+def completed(old: dict) -> str:
+    return dump_yaml(validate(Recipe, old))
+
+
+def test_settings_that_a_checkpoint_belongs_to() -> None:
+    made = validate(Recipe, recipe(RESNET, {"wide.optimizer.lr": 0.5}))
+    told = settings_of({"wide": made.wide, "data": made.data})
+    assert told["wide.optimizer.lr"] == "0.5" and told["data.source"] == '"digits"'
+    # what may change from start to start
+    assert not {"wide.deepspeed", "wide.checkpoint_every", "wide.micro_batch_size", "data.workers"} & told.keys()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuses(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuses)
+    RunFolder(tmp_path).lock()
+    assert "this file system keeps no locks (No locks available); see to it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The files of a checkpoint: a manifest of JSON that vouches for itself and for parts of safetensors. Nothing in them is ever executed."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
 
 MANIFEST = "manifest.json"
@@ -111,13 +113,29 @@ def check_files(folder: Path, parts: Mapping[str, Part], names: Iterable[str]) -
             raise DamagedError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, in no order; none where there is nothing of that name.
+
+    Raises:
+        UserError: it cannot be read. To a start that took it for empty all that was done would be lost.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); give this user access to it, or look at the disk") from None
+
+
 def require_same(folder: Path, then: Mapping[str, int | str], now: Mapping[str, int | str]) -> None:
-    """Compares the run that wrote a checkpoint with the one that wants to continue it.
+    """Compares the run that wrote a checkpoint with the one that wants to continue it. A `section.key` that was not told then is not asked
+    for: earlier versions of this package had fewer of them.
 
     Raises:
         DamagedError: names the first thing that differs.
     """
-    for name in sorted(now.keys() | then.keys()):
+    for name in sorted(then.keys() | {name for name in now if "." not in name}):
         if then.get(name) != now.get(name):
             raise DamagedError(f"{folder}: belongs to another run ({name} {then.get(name)}, and here {now.get(name)})")
 

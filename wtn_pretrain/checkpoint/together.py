@@ -1,17 +1,18 @@
 """How ranks make a checkpoint together: each tells what it has written, and the last one to tell makes it count. None waits for another."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
 from torch.distributed import Store
 
 from wtn_pretrain.checkpoint.endings import Ending, Endings
-from wtn_pretrain.checkpoint.files import write_sealed
+from wtn_pretrain.checkpoint.files import Part, write_sealed
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import switch_folder
+from wtn_pretrain.files import switch_folder, write_text
 from wtn_pretrain.parallel.launch import Place
 
 KEPT = "the checkpoint before it is kept"
@@ -47,11 +48,18 @@ class Together:
         told = [json.loads(one) for one in shares]
         problem = next((theirs for theirs, _ in told if theirs), "")
         if not problem:
-            problem, _ = tried(self.folder, name, lambda: switch([share for _, share in told]) or "")
+
+            def count() -> str:
+                switch([share for _, share in told])
+                return ""
+
+            problem, _ = tried(self.folder, name, count)
         if problem:
             shutil.rmtree(draft_of(self.folder, name), ignore_errors=True)
         else:
-            remove_old(self.endings.lost(number))
+            # what cannot be looked through keeps all that stands there
+            with contextlib.suppress(UserError):
+                remove_old(self.endings.lost(number))
         self.endings.tell(number, Ending(name, problem))
 
     def _tell(self, name: str, share: str) -> list[str] | None:
@@ -67,13 +75,17 @@ class Together:
         return shares
 
 
-def switch_in(folder: Path, name: str, manifest: BaseModel) -> None:
-    """Makes a checkpoint count whose parts are all in its draft.
+def switch_in(folder: Path, name: str, manifest: BaseModel, parts: Mapping[str, Part]) -> None:
+    """Makes a checkpoint count whose `parts` are all in its draft.
 
     Raises:
-        OSError, UserError: the place refuses; what was there before is whole.
+        OSError, UserError: the place refuses, or a part is elsewhere; what was there before is whole.
     """
     draft = draft_of(folder, name)
+    for part, told in parts.items():
+        path = draft / part
+        if not path.exists() or path.stat().st_size != told.bytes:
+            raise UserError(f"{path}: another rank has written it, and it is not seen here; keep the run in a folder that all hosts share")
     write_sealed(draft, manifest)
     switch_folder(draft, folder / name)
 
@@ -91,3 +103,9 @@ def tried(folder: Path, name: str, work: Callable[[], str]) -> tuple[str, str]:
         return "", work()
     except (OSError, UserError) as error:
         return str(cannot_write(folder, name, error)), ""
+
+
+def note_newest(path: Path, text: str) -> None:
+    """Writes, for people, which checkpoint is the newest. A start looks at the checkpoints themselves: where this fails nothing is lost."""
+    with contextlib.suppress(UserError):
+        write_text(path, text)

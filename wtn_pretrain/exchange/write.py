@@ -20,7 +20,7 @@ from wtn_pretrain.exchange.formats import FORMATS, Format, Job, holding, plain_o
 from wtn_pretrain.exchange.onnx import FILE, open_onnx, operators
 from wtn_pretrain.exchange.parity import Call, parity, task_metric
 from wtn_pretrain.exchange.probes import probes
-from wtn_pretrain.files import switch_folder, write_text
+from wtn_pretrain.files import make_durable, switch_folder, write_text
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.report.latency import measure_latency
 from wtn_pretrain.tasks.base import Task
@@ -98,6 +98,7 @@ def _export(job: Job, name: str, target: Path, origin: Origin, metric_before: Ca
         write_text(draft / "parity.json", json.dumps(certificate, indent=2) + "\n")
         write_text(draft / "README.md", model_card(job.network, origin, job.section.license, certificate))
         _require_replaceable(target)
+        make_durable(draft)
         switch_folder(draft, target)
     except OSError as error:
         raise UserError(f"export: {target} cannot be written ({error}); free the disk or choose another folder") from None

@@ -207,6 +207,7 @@ class Run:
 
     def _save(self, phase: int, step: int) -> None:
         with self._observer.allow(SAVE, "save"):
+            self._require_finite(sum(earlier.steps for earlier in self.phases[:phase]) + step)
             self.checkpoints.save(phase, step)
         self._say_saved()
 
@@ -391,6 +392,19 @@ class Run:
             raise self._not_finite(phase, step - len(self._odd) + 1 + since, mine[number])
         self._odd.clear()
         return dict(zip(mine, values.tolist(), strict=True))
+
+    def _require_finite(self, step: int) -> None:
+        """Refuses to save what a gradient that was not finite has left after `step` steps over all phases, whatever the loss has been:
+        the checkpoint would be the newest, and whole."""
+        for unit in self.imitator.units:
+            found = [value.isfinite().all() for value in unit.own_state().values() if value.is_floating_point()]
+            if found and not bool(torch.stack(found).all()):
+                name = "the stem" if unit.index == 0 else f"unit {unit.index}"
+                raise UserError(
+                    f"{self.stage}: weights of {name} are not finite after step {step}, though its losses were, so a gradient was not; "
+                    f"the checkpoint before it is kept in {self.checkpoints.folder}; lower narrow.optimizer.lr or narrow.clip under "
+                    "another --run.name"
+                )
 
     def _not_finite(self, phase: Phase, step: int, unit: int) -> UserError:
         """What is said of a step (from 1, over all phases) at which the loss of a unit is not finite: the step's samples are named too."""

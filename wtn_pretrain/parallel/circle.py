@@ -381,6 +381,40 @@ class Spoke(Circle):
         self._link.hear()
 
 
+class Solo(Circle):
+    """The part of a rank that has no others: it accuses itself, and speaks."""
+
+    def sockets(self) -> list[socket.socket]:
+        return []
+
+    def drop(self) -> None:
+        pass
+
+    def listen(self) -> None:
+        pass
+
+    def beat(self, beat: Beat) -> None:
+        pass
+
+    def end(self, how: str, code: int) -> None:
+        self.ended[self._seat.rank] = how, code
+
+    def over(self) -> bool:
+        return True
+
+    def accuse(self, verdict: Verdict) -> None:
+        self._seat.leave(verdict, True)
+
+    def inquest(self, final: bool = False) -> None:
+        pass
+
+    def judge(self, seconds: float) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 def _listen_everywhere() -> socket.socket:
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):

@@ -183,9 +183,10 @@ def wait_for_rank(ready: Callable[[], bool], pause: float = 0.02) -> None:
 
     Raises:
         RuntimeError: a rank has given up over a user's mistake, which it says itself.
+        DistError: rank 0 is gone, and the store with it.
     """
     while not ready():
-        if another_failed():
+        if _together() and _store().add("failed", 0) > 0:
             raise RuntimeError("another rank has given up")
         time.sleep(pause)
         pause = min(1.2 * pause, 0.5)

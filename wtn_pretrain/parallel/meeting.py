@@ -4,6 +4,7 @@ import atexit
 import errno
 import os
 import queue
+import secrets
 import socket
 import sys
 import threading
@@ -38,7 +39,8 @@ def meet(start: Start, seconds: float) -> torch.distributed.Store:
         UserError: one line that says which rank misses whom, and the remedy.
     """
     # torchrun keeps the store itself
-    keeps = start.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = start.rank == 0 and not kept
     began = time.monotonic()
     if keeps:
         _require_free(start.port)
@@ -50,6 +52,8 @@ def meet(start: Start, seconds: float) -> torch.distributed.Store:
         if store is None:
             # what answers there is no store
             raise _missed(start, seconds, "another program has the port") if not keeps else _taken(start.port)
+        if kept:
+            store = torch.distributed.PrefixStore(_this_start(start, store, began + seconds), store)
         # two ranks of the same number would take each other's messages
         if store.add(f"came-{start.rank}", 1) > 1:
             raise UserError(f"rank {start.rank} at {start.master} is there twice: another run has this port; give each its own: {PORTS}")
@@ -63,6 +67,41 @@ def meet(start: Start, seconds: float) -> torch.distributed.Store:
             ) from None
         raise _missed(start, seconds, _first_line(error)) from None
     return store
+
+
+def _this_start(start: Start, store: torch.distributed.Store, deadline: float) -> str:
+    """What this start is called in a store that outlives it, and still holds what earlier ones have put there (`--max-restarts`).
+
+    Rank 0 makes it up. The others take it as an answer to a question that nobody has asked before, and say that they have it. How often
+    torchrun has started its ranks again would not do: of several hosts each counts for itself.
+
+    Raises:
+        UserError: not all have come by the deadline.
+    """
+    mine, pause = secrets.token_hex(8), 0.02
+    missing = set(range(1, start.world_size)) if start.rank == 0 else {0}
+    answered: dict[int, bytes] = {}
+    if start.rank:
+        store.set(f"asks-{start.rank}", mine)
+    while missing:
+        for rank in sorted(missing):
+            if start.rank == 0:
+                if store.check([f"has-{rank}-{mine}"]):
+                    missing.discard(rank)
+                elif store.check([f"asks-{rank}"]) and (question := store.get(f"asks-{rank}")) != answered.get(rank):
+                    store.set(f"answer-{rank}", f"{question.decode()} {mine}")
+                    answered[rank] = question
+            elif store.check([f"answer-{start.rank}"]):
+                asked, name = store.get(f"answer-{start.rank}").decode().split()
+                if asked == mine:
+                    store.set(f"has-{start.rank}-{name}", "yes")
+                    return name
+        if missing and time.monotonic() > deadline:
+            others = ", ".join(map(str, sorted(missing)[:3])) + (" and more" if len(missing) > 3 else "")
+            raise UserError(f"rank {start.rank} on {host_name()} has met no rank {others} in torchrun's store; see what those say")
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.5)
+    return mine
 
 
 def _within(seconds: float, timeout: timedelta) -> torch.distributed.Store | None:

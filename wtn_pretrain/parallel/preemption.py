@@ -27,9 +27,9 @@ _notices: "weakref.WeakSet[Notice]" = weakref.WeakSet()
 class Notice:
     """Whether this process has been told to end soon. Takes the signals from construction to `close`, on the main thread."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        """`seconds`: from now on, after which it is to end by itself; 0: none."""
-        self._until = time.monotonic() + seconds if seconds else None
+    def __init__(self, seconds: float = 0.0, left: float | None = None) -> None:
+        """`seconds`: from now on, after which it is to end by itself; 0: none. `left`: of them, where not all are (None: all)."""
+        self._until = time.monotonic() + (seconds if left is None else left) if seconds else None
         self._limit = seconds
         self._signal: int | None = None
         self._before: dict[int, Any] = {}

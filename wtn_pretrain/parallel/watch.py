@@ -18,6 +18,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -26,7 +27,7 @@ import torch.distributed
 
 from wtn_pretrain.again import AGAIN
 from wtn_pretrain.errors import Preempted, UserError
-from wtn_pretrain.parallel.circle import Seat, join
+from wtn_pretrain.parallel.circle import Circle, Seat, Solo, join
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.verdict import ALL, Beat, Pace, Verdict, state_of, this_process
 
@@ -34,11 +35,14 @@ MISTAKE_EXIT = 2
 INTERRUPT_EXIT = 128 + signal.SIGINT
 TERM_EXIT = 128 + signal.SIGTERM
 CONTINUES = "the same command continues from the newest checkpoint"
+STACKS = "stacks"
+"""The folder of a stage in which its ranks leave their stacks."""
 
 TICK = 0.2  # seconds between two looks
 CAP = 1.0  # the most that one look counts: where the machine was suspended nobody is to blame
 STUCK = 10.0  # seconds without a mark after which a second SIGTERM ends a rank that handles it
 GRACE = 5.0  # seconds in which a rank leaves by itself after another has failed with a message of its own
+ALONE = 600.0  # the least patience with a rank alone that was not told how long its ranks may wait for one another
 
 _watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
 _made = 0
@@ -51,13 +55,14 @@ class Watch:
     rank r is called: 'rank 1 (units 4-6)'. A rank hangs or has fallen behind after `patience` seconds (see `verdict.Pace`), and is
     given up `patience` seconds after it was last heard. Then every rank exits with `AGAIN`, and one line on standard error says
     why. Ranks may wait for one another, as in a long collective, for `together` seconds (None: `patience`). With `stacks`, a folder, every
-    rank leaves the stacks of its threads there; without, the one that hangs shows its own.
+    rank leaves the stacks of its threads there, under a line that says when and why; without, the one that hangs shows its own.
 
     Leaving the context by an exception looks for a culprit first: where a broken connection follows from another rank's end, the run
     ends as above, without a traceback. Of several ranks that fail by themselves only the first raises. SIGTERM, where nobody handles
     it, ends the run at once and without a word (`TERM_EXIT`), also while the main thread is stuck.
 
-    With one rank it does nothing.
+    A rank alone waits for nobody and hangs after `together` seconds (None: `ALONE`, or the patience if that is more); it is watched
+    only within the context.
     """
 
     def __init__(
@@ -69,9 +74,9 @@ class Watch:
         self._what, self._step, self._marks = "start", 0, 0
         self._waits: tuple[int, ...] = ()
         self._allowed = 0.0
-        self._alone = place.world_size == 1
+        self._alone = self._idle = place.world_size == 1
         if self._alone:
-            return
+            patience = together or max(patience, ALONE)
         self._rank, self._name, self._stacks = place.rank, names[place.rank], stacks
         # beside the beats of thousands of ranks, rank 0 has its own work to do
         self._every = min(patience / 6, max(1.0, place.world_size / 512))
@@ -82,10 +87,16 @@ class Watch:
         self._first_told: tuple[float, int] | None = None  # when SIGTERM came, and the marks then
         self._pace = Pace(patience)
         self._process = this_process(socket.gethostname())
+        seat = Seat(place.rank, names, patience, together or patience, self._process, self._convict, self._heard)
+        if self._alone:
+            self._circle: Circle = Solo(seat)
+            return
         _made += 1
-        self._circle = join(
-            Seat(place.rank, names, patience, together or patience, self._process, self._convict, self._heard), f"watch/{_made}"
-        )
+        self._circle = join(seat, f"watch/{_made}")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._idle = False
         self._signals, self._bell = socket.socketpair()
         for end in (self._signals, self._bell):
             end.setblocking(False)
@@ -119,7 +130,7 @@ class Watch:
         Returns the rank that has failed with a message of its own, or None when nobody is to blame within `seconds`.
         """
         deadline = time.monotonic() + seconds
-        while not self._alone and (self._leaving or time.monotonic() < deadline):
+        while self._leaving or (not self._alone and time.monotonic() < deadline):
             failed = self._failed()
             if failed is not None and failed != self._rank and not self._leaving:
                 return failed
@@ -131,10 +142,12 @@ class Watch:
         self._end("done", 0)
 
     def __enter__(self) -> "Watch":
+        if self._idle and not self._closing:
+            self._begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._alone or self._closing:
+        if self._idle or self._closing:
             return
         code = exit_code(error)
         if error is None or code == 0 or isinstance(error, Preempted):
@@ -155,7 +168,7 @@ class Watch:
 
     def _end(self, how: str, code: int) -> None:
         """Has the thread say how this rank ends, and gives the signals back."""
-        if self._alone or self._closing:
+        if self._idle or self._closing:
             return
         self._closing = True
         self._order = how, code
@@ -165,6 +178,10 @@ class Watch:
         while self._leaving:
             time.sleep(1)  # the thread ends the process
         self._give_signals_back()
+        if self._alone:
+            # those of other ranks' watches are listened to until all have ended
+            self._signals.close()
+            self._bell.close()
 
     def _take_signals(self) -> None:
         self._terminable = False
@@ -187,7 +204,7 @@ class Watch:
 
     def _after_fork(self) -> None:
         """In a child, such as a data loader's worker: it must neither hold this rank's connections nor take its signals."""
-        self._closing = self._alone = True
+        self._closing = self._idle = True
         self._give_signals_back()
         self._circle.drop()
         self._signals.close()
@@ -241,10 +258,12 @@ class Watch:
         return now - self._first_told[0] > STUCK
 
     def _look_at_itself(self, seconds: float) -> None:
-        finding = self._pace.tick(seconds, Beat(self._marks, self._step, self._what, self._waits), self._allowed)
+        # what a rank alone does with all others it does by itself
+        waits = () if self._alone else self._waits
+        finding = self._pace.tick(seconds, Beat(self._marks, self._step, self._what, waits), self._allowed)
         if finding:
             line = f"{self._name} {finding}, {_where_main_is()}"
-            self._dump(shown=True)
+            self._dump(line, shown=True)
             self._circle.accuse(Verdict(self._rank, line))
 
     def _heard(self, rank: int, how: str, code: int) -> None:
@@ -258,7 +277,7 @@ class Watch:
     def _convict(self, verdict: Verdict, speak: bool) -> None:
         """Ends this process, after the line, if it is this rank's to say it."""
         self._leaving = True
-        self._dump(shown=False)
+        self._dump(verdict.line, shown=False)
         if speak:
             where = f"; stacks in {self._stacks}" if self._stacks is not None else ""
             line = f"error: {verdict.line}{where}; {CONTINUES}\n"
@@ -276,7 +295,7 @@ class Watch:
         self._circle.finish()
         _exit(code)
 
-    def _dump(self, shown: bool) -> None:
+    def _dump(self, why: str, shown: bool) -> None:
         """Writes the stacks of all threads into the folder for them, or to standard error where they are to be `shown`."""
         if self._dumped or (self._stacks is None and not shown):
             return
@@ -287,6 +306,10 @@ class Watch:
                 return
             self._stacks.mkdir(parents=True, exist_ok=True)
             with (self._stacks / f"rank-{self._rank}.txt").open("w", encoding="utf-8") as file:
+                # those of an earlier end may lie beside it
+                now = datetime.now().astimezone().isoformat(timespec="seconds")
+                file.write(f"{now}, {self._name} at {self._what!r} of step {self._step}: {why}\n\n")
+                file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
 
@@ -362,7 +385,7 @@ def _nothing(number: int, frame: FrameType | None) -> None:
 
 def _drop_after_fork() -> None:
     for watch in list(_watches):
-        if not watch._alone:
+        if not watch._idle:
             watch._after_fork()
     _watches.clear()
 

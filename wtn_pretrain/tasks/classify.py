@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from wtn_pretrain.config import Section
+from wtn_pretrain.data.contents import labels_digest
 from wtn_pretrain.data.images import ImageData, open_images
 from wtn_pretrain.data.resizing import ResizedStream, side_at, steps_at
 from wtn_pretrain.data.stream import BatchStream, batches
@@ -38,6 +39,7 @@ class ClassifyTask(Task):
         splits = open_images(data, cache)
         self.splits, self.data = splits, data
         self.train, self.valid = splits.train, splits.valid
+        self.identity = {"data.labels": labels_digest(splits.train.labels)}
         self.smoothing = section.label_smoothing
         self.workers = data.workers
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wtn_pretrain.config import Section
+from wtn_pretrain.data.contents import rows_digest
 from wtn_pretrain.data.lengths import LengthenedStream, begins, length_at
 from wtn_pretrain.data.masking import IGNORED, MaskedText, Masker
 from wtn_pretrain.data.packing import PackedText
@@ -57,7 +58,7 @@ class MlmTask(Task):
             )
         splits = open_text(data, cache)
         self.tokenizer: PreTrainedTokenizerBase = splits.tokenizer
-        self.identity = {"data": splits.identity} if splits.identity else {}
+        self.identity = {"data": splits.identity} if splits.identity else {"data.rows": rows_digest(splits.train)}
         masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word, span=section.span)
         if isinstance(splits.train, PackedText):
             _announce(splits.train)

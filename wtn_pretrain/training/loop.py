@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place, wait_for_all
 from wtn_pretrain.parallel.preemption import Departure, Notice
-from wtn_pretrain.parallel.watch import Watch
+from wtn_pretrain.parallel.watch import STACKS, Watch
 from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, TaskModule
 from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints, Stateful
@@ -38,6 +39,9 @@ HOST_AHEAD = 2
 """Steps by which a rank's host may be ahead of its device: on it rests that ranks agree where to leave (`preemption.AHEAD`)."""
 START, SAVE, EVALUATE = 1800.0, 1800.0, 3600.0
 """Seconds that starting with the first step, a save and a validation may take before a rank counts as hung."""
+
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class Trained(NamedTuple):
@@ -66,16 +70,20 @@ def train(
     seed: int,
     place: Place,
     notice: Notice | None = None,
+    identity: Mapping[str, str] = NOTHING,
 ) -> Trained:
     """Trains `network` on `task` through DeepSpeed, continuing from the newest checkpoint in `folder` if there is one.
+
+    `identity`: what else a checkpoint must have in common with this run to be continued.
 
     Raises:
         Preempted: `notice` came; a checkpoint of the last step is kept.
     """
     departure = Departure(notice, place) if notice else None
-    with Watch(place, [f"rank {rank}" for rank in range(place.world_size)], SILENCE, together=section.patience) as watch:
+    names = [f"rank {rank}" for rank in range(place.world_size)]
+    with Watch(place, names, SILENCE, together=section.patience, stacks=folder / STACKS) as watch:
         with watch.allow(START, "start"):
-            run = _Training(network, task, section, stage, folder, seed, place, watch)
+            run = _Training(network, task, section, stage, folder, seed, place, watch, identity)
         return run.go(departure)
 
 
@@ -83,7 +91,16 @@ class _Training:
     """One start of a stage on this rank."""
 
     def __init__(
-        self, network: BlockNetwork, task: Task, section: TrainSection, stage: str, folder: Path, seed: int, place: Place, watch: Watch
+        self,
+        network: BlockNetwork,
+        task: Task,
+        section: TrainSection,
+        stage: str,
+        folder: Path,
+        seed: int,
+        place: Place,
+        watch: Watch,
+        more: Mapping[str, str],
     ) -> None:
         self.network, self.task, self.section, self.stage, self.seed, self.watch = network, task, section, stage, seed, watch
         self.place = place
@@ -109,6 +126,7 @@ class _Training:
             "batch_size": section.batch_size,
             "optimizer": section.optimizer.name,
             **task.identity,
+            **more,
         }
         self.guard = Guard(self.engine, network, section, stage, folder, self.stream)
         beside: dict[str, Stateful] = {"guard": self.guard, **({"average": self.average} if self.average else {})}

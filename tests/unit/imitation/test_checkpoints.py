@@ -186,6 +186,30 @@ def test_nothing_of_another_run_is_taken(changes: dict, said: str, stopped: Path
         opened(stopped, **changes)
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a gradient leaves them that is not finite though the loss is."""
+    update = Imitator.update
+    taken = 0
+
+    def poisoned(self: Imitator, *arguments: object) -> float:
+        nonlocal taken
+        taken += 1
+        rate = update(self, *arguments)  # type: ignore[arg-type]
+        if taken == 4:
+            with torch.no_grad():
+                next(self.units[2].student.parameters()).view(-1)[0] = torch.nan
+        return rate
+
+    monkeypatch.setattr(Imitator, "update", poisoned)
+    run = opened(tmp_path)
+    with pytest.raises(UserError, match=r"narrow: weights of unit 2 are not finite after step 4, though its losses were, .*is kept in"):
+        run.go()
+    run.checkpoints.wait()
+    run.monitor.close()
+    assert names(tmp_path) == ["phase0-step2"]
+    Stored(tmp_path / "checkpoints" / "phase0-step2").check()
+
+
 class Killed(Exception):
     """Of a run, in the midst of a step."""
 

@@ -1,5 +1,6 @@
 import signal
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -9,13 +10,22 @@ from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.watch import Watch, exit_code, is_of_a_connection
 
 
-def test_one_rank_has_nobody_to_watch() -> None:
+def test_a_rank_alone_is_watched_within_the_context_only() -> None:
     before = threading.active_count(), signal.getsignal(signal.SIGTERM)
+    idle = Watch(Place(0, 1), ["rank 0"])
+    with idle.waiting(), idle.allow(5, "save"):
+        assert (threading.active_count(), signal.getsignal(signal.SIGTERM)) == before
+    idle.close()
     with Watch(Place(0, 1), ["rank 0"]) as watch:
         watch.at("teacher", 1)
         with watch.waiting(), watch.allow(5, "save"):
-            assert (threading.active_count(), signal.getsignal(signal.SIGTERM)) == before
+            assert threading.active_count() == before[0] + 1
         assert watch.blame() is None
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert signal.getsignal(signal.SIGTERM) == before[1]
     with pytest.raises(KeyError), Watch(Place(0, 1), ["rank 0"]):
         raise KeyError
 

@@ -170,6 +170,18 @@ def test_nothing_of_another_run_is_taken(tmp_path: Path) -> None:
         assert equal(run.state(), before)
 
 
+def test_settings_that_came_later_are_not_asked_for(tmp_path: Path) -> None:
+    one = Run(tmp_path, 1, **{"wide.optimizer.lr": "0.01"})
+    one.steps(0, 2)
+    one.checkpoints.save(2, 0.0)
+    one.checkpoints.close()
+    assert Run(tmp_path, 2, **{"wide.optimizer.lr": "0.01", "wide.later": "3"}).checkpoints.resume() == (2, 0.0)
+    for told, here in (("0.01", "0.02"), ("0.01", None)):
+        run = Run(tmp_path, 2, **({"wide.optimizer.lr": here} if here else {}))
+        with pytest.raises(UserError, match=rf"belongs to another run \(wide.optimizer.lr {told}, and here {here}\)"):
+            run.checkpoints.resume()
+
+
 def test_the_newest_that_is_whole_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = Run(tmp_path, 1)
     one.steps(0, 1)

@@ -1,6 +1,7 @@
 """Checkpoints on disk: every kind of damage is found, what is found whole is whole, and what cannot be written leaves the old one."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 from tests.running import ROOT, no_room
 from wtn_pretrain.checkpoint.files import MANIFEST, DamagedError, part_of, sealed
 from wtn_pretrain.checkpoint.keeping import Keep
+from wtn_pretrain.checkpoint.together import draft_of, switch_in
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.imitation.checkpoint import manifest as imitated
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.training.checkpoint.contents import contents, shown
 from wtn_pretrain.training.checkpoint.manifest import (
@@ -254,6 +257,42 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     writer.start(*described(1))
     with pytest.raises(UserError, match="checkpoints.*cannot be written"):
         writer.close()
+
+
+def test_a_part_that_another_host_has_kept_for_itself(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    manifest = read_manifest(folder)
+    draft = draft_of(tmp_path, "step4")
+    draft.mkdir()
+    with pytest.raises(UserError, match=rf"{PART}: another rank has written it, and it is not seen here; .* all hosts share"):
+        switch_in(tmp_path, "step4", manifest, manifest.parts)
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [3]
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_empty(tmp_path: Path) -> None:
+    write(tmp_path / "checkpoints", 3)
+    (tmp_path / "checkpoints").chmod(0)
+    user = os.geteuid()
+    try:
+        if not user:
+            # whom nothing is forbidden
+            os.seteuid(65534)
+        for found in (checkpoints_in, imitated.checkpoints_in):
+            with pytest.raises(UserError, match=r"checkpoints: cannot be read \(Permission denied\); give this user access"):
+                found(tmp_path / "checkpoints")
+    finally:
+        os.seteuid(user)
+        (tmp_path / "checkpoints").chmod(0o755)
+    assert [step for step, _ in checkpoints_in(tmp_path / "checkpoints")] == [3]
+    assert checkpoints_in(tmp_path / "nothing") == checkpoints_in(tmp_path / "checkpoints" / "latest") == []
+
+
+def test_what_people_read_may_fail(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "mine").touch()
+    folder = write(tmp_path, 3, 4)
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [4, 3]
+    contents(folder)
 
 
 def verified(path: Path) -> subprocess.CompletedProcess[str]:

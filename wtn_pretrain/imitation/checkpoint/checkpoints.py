@@ -15,9 +15,9 @@ from torch.distributed import Store
 
 from wtn_pretrain.checkpoint.files import DamagedError, on_host, part_of, require_same, versions
 from wtn_pretrain.checkpoint.keeping import Keep
-from wtn_pretrain.checkpoint.together import Together, draft_of, switch_in, tried
+from wtn_pretrain.checkpoint.together import Together, draft_of, note_newest, switch_in, tried
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import write_beside, write_text
+from wtn_pretrain.files import write_beside
 from wtn_pretrain.imitation.checkpoint.manifest import (
     FORMAT,
     LATEST,
@@ -165,8 +165,9 @@ class Checkpoints:
         name = position.name
 
         def switch(shares: list[str]) -> None:
-            switch_in(self.folder, name, joined([Manifest.model_validate_json(one) for one in shares]))
-            write_text(self.folder / LATEST, json.dumps(position._asdict()))
+            manifest = joined([Manifest.model_validate_json(one) for one in shares])
+            switch_in(self.folder, name, manifest, manifest.parts)
+            note_newest(self.folder / LATEST, json.dumps(position._asdict()))
             self._store.set(f"whole-{name}", "yes")
 
         def remove_old(lost: set[str]) -> None:

@@ -29,7 +29,7 @@ def shown(folder: Path, manifest: Manifest, kinds: list[Kind]) -> str:
     """A table for people."""
     units = {key.partition("/")[0] for key in manifest.tensors} & {unit_key(index) for index in range(len(manifest.tensors))}
     facts = {
-        "run": ", ".join(f"{name} {value}" for name, value in manifest.identity.items()),
+        "run": ", ".join(f"{name} {value}" for name, value in manifest.identity.items() if "." not in name),
         "step": f"{manifest.done}: {manifest.step} of phase {manifest.phase}, after {manifest.spent.seconds:.1f} s",
         "written by": f"plan {manifest.plan}, ZeRO {manifest.zero}",
         "versions": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),

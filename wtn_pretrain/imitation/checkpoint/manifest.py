@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from wtn_pretrain.checkpoint.files import DamagedError, Part, Parts, Record, check_files, dtype_name, read_sealed
+from wtn_pretrain.checkpoint.files import DamagedError, Part, Parts, Record, check_files, dtype_name, folders_in, read_sealed
 from wtn_pretrain.imitation.checkpoint.nested import restore
 from wtn_pretrain.imitation.imitator import Work
 
@@ -96,8 +96,12 @@ def order_of(name: str) -> tuple[int, int] | None:
 
 
 def checkpoints_in(folder: Path) -> list[tuple[tuple[int, int], Path]]:
-    """The checkpoints in `folder` by phase and step, newest first, damaged or not."""
-    found = [(order, path) for path in folder.glob("phase*") if (order := order_of(path.name)) and path.is_dir()]
+    """The checkpoints in `folder` by phase and step, newest first, damaged or not.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    found = [(order, path) for path in folders_in(folder) if (order := order_of(path.name))]
     return sorted(found, reverse=True)
 
 

@@ -185,7 +185,7 @@ class Checkpoints:
     def _found(self) -> list[int]:
         """The steps of the checkpoints that stand there, newest first, as rank 0 sees them."""
         found: list[Any] = [[]]
-        if self._place.rank == 0 and self.folder.is_dir():
+        if self._place.rank == 0:
             for left in self.folder.glob(".*.part"):
                 # of a start that ended while it wrote
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def shown(folder: Path, manifest: Manifest, kinds: list[Kind]) -> str:
     layout = manifest.layout
     updates = sorted({parameter.updates for parameter in manifest.parameters.values() if parameter.updates is not None})
     facts = {
-        "run": ", ".join(f"{name} {value}" for name, value in manifest.identity.items()),
+        "run": ", ".join(f"{name} {value}" for name, value in manifest.identity.items() if "." not in name),
         "step": f"{manifest.step}, after {manifest.seconds:.1f} s",
         "written by": f"{layout.ranks} ranks, tensor parallel {layout.tensor}, ZeRO {layout.zero}, weights {layout.weights}",
         "versions": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),

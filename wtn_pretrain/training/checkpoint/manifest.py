@@ -15,6 +15,7 @@ from wtn_pretrain.checkpoint.files import (
     Record,
     check_files,
     dtype_of,
+    folders_in,
     part_of,
     read_sealed,
 )
@@ -86,8 +87,12 @@ def step_of(name: str) -> int | None:
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in `folder`, newest first, damaged or not."""
-    found = [(step, path) for path in folder.glob("step*") if (step := step_of(path.name)) is not None and path.is_dir()]
+    """The checkpoints in `folder`, newest first, damaged or not.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    found = [(step, path) for path in folders_in(folder) if (step := step_of(path.name)) is not None]
     return sorted(found, reverse=True)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from wtn_pretrain.checkpoint.files import part_of
 from wtn_pretrain.checkpoint.keeping import Keep
-from wtn_pretrain.checkpoint.together import Together, draft_of, switch_in, tried
+from wtn_pretrain.checkpoint.together import Together, draft_of, note_newest, switch_in, tried
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import write_beside, write_text
+from wtn_pretrain.files import write_beside
 from wtn_pretrain.parallel.launch import Place, shared_store
 from wtn_pretrain.training.checkpoint.manifest import LATEST, Manifest, checkpoints_in
 
@@ -80,8 +80,9 @@ class Writer:
         mine = tried(self.folder, name, lambda: self._share(draft, manifest, tensors))
 
         def switch(shares: list[str]) -> None:
-            switch_in(self.folder, name, _joined([Manifest.model_validate_json(one) for one in shares]))
-            write_text(self.folder / LATEST, f"{name}\n")
+            manifest = _joined([Manifest.model_validate_json(one) for one in shares])
+            switch_in(self.folder, name, manifest, manifest.parts)
+            note_newest(self.folder / LATEST, f"{name}\n")
 
         def remove_old(lost: set[str]) -> None:
             self._remove_old(step, self._keep.recent([one for one in steps if f"step{one}" not in lost]))
