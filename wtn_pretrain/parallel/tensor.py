@@ -28,6 +28,18 @@ class Ranks:
         self.group, self.sequence = group, sequence
         self.count, self.index = dist.get_world_size(group), dist.get_rank(group)
 
+    def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        """Joins `x` over the ranks, in place."""
+        dist.all_reduce(x, op=op, group=self.group)
+
+    def all_gather(self, parts: list[Tensor], x: Tensor) -> None:
+        """Fills `parts` with every rank's `x`."""
+        dist.all_gather(parts, x, group=self.group)
+
+    def reduce_scatter(self, mine: Tensor, parts: list[Tensor]) -> None:
+        """Fills `mine` with the sum of what every rank has for this one."""
+        dist.reduce_scatter(mine, parts, group=self.group)
+
     def enter(self, hidden: Tensor) -> Tensor:
         """The whole hidden state, on the way into a column-parallel layer."""
         return _Gather.apply(hidden, self) if self.sequence else _Copy.apply(hidden, self)
@@ -177,21 +189,21 @@ def _shard(parameter: Tensor, dim: int, ranks: Ranks) -> nn.Parameter:
 
 def _gathered(x: Tensor, ranks: Ranks) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.count)]
-    dist.all_gather(parts, x.contiguous(), group=ranks.group)
+    ranks.all_gather(parts, x.contiguous())
     return torch.cat(parts, SEQUENCE)
 
 
 def _summed(x: Tensor, ranks: Ranks) -> Tensor:
     # not in place: autograd may still need what it was made from
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=ranks.group)
+    ranks.all_reduce(total)
     return total
 
 
 def _summed_part(x: Tensor, ranks: Ranks) -> Tensor:
     parts = [part.contiguous() for part in x.chunk(ranks.count, SEQUENCE)]
     mine = torch.empty_like(parts[ranks.index])
-    dist.reduce_scatter(mine, parts, group=ranks.group)
+    ranks.reduce_scatter(mine, parts)
     return mine
 
 
@@ -278,14 +290,14 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, kept: Tensor, ranks: Ranks) -> Tensor:
         top = logits.amax(-1).float()
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=ranks.group)
+        ranks.all_reduce(top, dist.ReduceOp.MAX)
         exponentials = (logits.float() - top[:, None]).exp_()
         local = targets - ranks.index * logits.shape[-1]
         mine = (local >= 0) & (local < logits.shape[-1])
         local = local.where(mine, 0)
         picked = logits.gather(-1, local[:, None])[:, 0].float().masked_fill(~mine, 0)
         sums = torch.stack([exponentials.sum(-1), picked])
-        dist.all_reduce(sums, group=ranks.group)
+        ranks.all_reduce(sums)
         total, target = sums
         ctx.save_for_backward(exponentials.div_(total[:, None]), local, mine & kept, kept)
         ctx.dtype = logits.dtype
