@@ -55,15 +55,15 @@ def parser(doc: str) -> Parser:
     """The options of tools/plan.py; all others are assignments to keys of the recipe."""
     made = Parser(description=doc, epilog=EPILOG, allow_abbrev=False)
     made.add_argument("--config", required=True, metavar="RECIPE", help="a run's YAML file; --section.key=value overrides it")
-    made.add_argument("--ranks", required=True, type=_count, help="ranks to plan for")
-    made.add_argument("--ranks-per-node", type=_count, help="ranks on one machine")
-    made.add_argument("--flops", type=_amount, help="FLOP/s that a rank reaches in matrix products and convolutions")
-    made.add_argument("--memory-bandwidth", type=_amount, help="bytes/s to and from a rank's memory")
-    made.add_argument("--overhead", type=_amount, help="seconds to start a unit, however few its rows")
-    made.add_argument("--bandwidth", type=_amount, help="bytes/s of a rank's link to other nodes")
-    made.add_argument("--node-bandwidth", type=_amount, help="bytes/s of its link within a node")
-    made.add_argument("--latency", type=_amount, help="seconds of a message within a node; twice that to others")
-    made.add_argument("--memory", type=_amount, help="bytes a rank may hold")
+    made.add_argument("--ranks", required=True, type=count, help="ranks to plan for")
+    made.add_argument("--ranks-per-node", type=count, help="ranks on one machine")
+    made.add_argument("--flops", type=amount, help="FLOP/s that a rank reaches in matrix products and convolutions")
+    made.add_argument("--memory-bandwidth", type=amount, help="bytes/s to and from a rank's memory")
+    made.add_argument("--overhead", type=amount, help="seconds to start a unit, however few its rows")
+    made.add_argument("--bandwidth", type=amount, help="bytes/s of a rank's link to other nodes")
+    made.add_argument("--node-bandwidth", type=amount, help="bytes/s of its link within a node")
+    made.add_argument("--latency", type=amount, help="seconds of a message within a node; twice that to others")
+    made.add_argument("--memory", type=amount, help="bytes a rank may hold")
     made.add_argument("--profile", action="store_true", help="time the units on this device instead of counting FLOPs")
     made.add_argument("--compare", metavar="PLAN", help="another plan, as 0-3,4-6x2 or a file, to show beside the best")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the plan to FILE, for narrow.plan")
@@ -77,7 +77,7 @@ def run(doc: str, argv: list[str]) -> str:
         UserError: one line that names the argument or key, what is wrong and the remedy.
     """
     options, rest = parser(doc).parse_known_args(argv)
-    job = read_job(options.config, _assignments(rest))
+    job = read_job(options.config, assignments_of(rest))
     if options.out and job.assumed:
         raise UserError(
             f"--out: a plan file is for one shape, and the data decides {job.assumed[0].split(' = ')[0]}; set it on the command line"
@@ -199,7 +199,7 @@ def _other(text: str, job: Job) -> Plan:
     return check(plan, job.pairing.units + 1)
 
 
-def _assignments(rest: list[str]) -> list[str]:
+def assignments_of(rest: list[str]) -> list[str]:
     """`--section.key=value` and `--section.key value` among the arguments that are no options."""
     found, waiting = [], list(rest)
     while waiting:
@@ -215,13 +215,15 @@ def _assignments(rest: list[str]) -> list[str]:
     return found
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def _amount(text: str) -> float:
+def amount(text: str) -> float:
+    """An argument that is a number above 0."""
     try:
         value = float(text)
     except ValueError:

@@ -115,12 +115,41 @@ def _attention(fused_dropout: bool) -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
-def count(work: Work, rows: int, tensor: int = 1, sequence: bool = False, checkpoint: int = 0, on: str = "cuda") -> Counted:
+def count(
+    work: Work, rows: int, tensor: int = 1, sequence: bool = False, checkpoint: int = 0, on: str = "cuda", exact: bool = True
+) -> Counted:
     """Counts a pass of `rows` samples.
 
     Args:
+        exact: count them as they are; else from 16 and 32 of them, since everything grows in step with the rows (the most that is held
+            by the larger of two lines).
         on: the kind of device that it is for; counted with torch's own operations, fused kernels keep less.
     """
+    if exact:
+        return _once(work, rows, tensor, sequence, checkpoint, on).counted
+    few, many = (_once(work, some, tensor, sequence, checkpoint, on) for some in (16, 32))
+    return _line(few, many, (rows - 16) / 16)
+
+
+class _Phases(NamedTuple):
+    counted: Counted
+    early: int
+    """Bytes at most before the second block's backward pass begins."""
+    final: int
+    """Bytes at most in the last block's."""
+
+
+def _line(low: _Phases, high: _Phases, times: float) -> Counted:
+    """`low` with `times` what `high` has more; the most is held where the backward pass begins, or where it ends."""
+
+    def at(mine: int, theirs: int) -> int:
+        return max(0, round(mine + times * (theirs - mine)))
+
+    made = Counted(*(at(mine, theirs) for mine, theirs in zip(low.counted, high.counted, strict=True)))
+    return made._replace(kept=max(at(low.early, high.early), at(low.final, high.final)))
+
+
+def _once(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on: str) -> _Phases:
     # what a shape costs does not depend on the rest of how it is trained
     rest = (work.section.precision, work.length, work.masked, rows, tensor, sequence, checkpoint, on)
     key = (work.config.model_dump_json(), *rest)
@@ -129,21 +158,19 @@ def count(work: Work, rows: int, tensor: int = 1, sequence: bool = False, checkp
     return _found[key]
 
 
-_found: dict[tuple[Any, ...], Counted] = {}
+_found: dict[tuple[Any, ...], _Phases] = {}
 
 
-def _deep(work: Work, *rest: Any) -> Counted:
+def _deep(work: Work, *rest: Any) -> _Phases:
     """Networks of one shape of block are counted with three and four of them: what every further one adds is the same."""
     checkpoint = rest[3]
     if len(work.config.stages) > 1 or work.config.stages[0] <= 6 or checkpoint > 1:
-        return _run(work, *rest)[0]
-    (small, early, final), (large, later, last) = (
-        _run(work._replace(config=work.config.widen(1.0, 1.0, (blocks,))), *rest) for blocks in (3, 4)
-    )
+        return _run(work, *rest)
+    small, large = (_run(work._replace(config=work.config.widen(1.0, 1.0, (blocks,))), *rest) for blocks in (3, 4))
     more = work.config.stages[0] - 3
-    made = Counted(*(mine + more * (theirs - mine) for mine, theirs in zip(small, large, strict=True)))
-    # gradients come as activations go: the most is held where the backward pass begins, or where it ends
-    return made._replace(kept=max(early + more * (later - early), final + more * (last - final)))
+    early, final = (mine + more * (theirs - mine) for mine, theirs in zip(small[1:], large[1:], strict=True))
+    made = _line(small, large, more)
+    return _Phases(made._replace(largest=small.counted.largest), early, final)
 
 
 def part_of(work: Work, ranks: Absent | None) -> BlockNetwork:
@@ -174,8 +201,7 @@ def allocate(network: nn.Module, device: torch.device | str) -> None:
                 module._buffers[name] = new(buffer)
 
 
-def _run(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on: str) -> tuple[Counted, int, int]:
-    """What is counted, and the most that is held before the second block's backward pass and in the last one's."""
+def _run(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on: str) -> _Phases:
     mode = FakeTensorMode()
     ranks = Absent(tensor, sequence) if tensor > 1 else None
     network = part_of(work, ranks)
@@ -208,4 +234,4 @@ def _run(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on
         norms=sum(isinstance(part, nn.BatchNorm2d) for part in network.modules()),
         modules=sum(1 for part in network.modules() if next(part.parameters(recurse=False), None) is not None),
     )
-    return found, made.early, made.final
+    return _Phases(found, made.early, made.final)

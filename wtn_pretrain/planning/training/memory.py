@@ -36,14 +36,15 @@ class Memory(NamedTuple):
         return self.base + self.weights + self.optimizer + self.gradients + self.work
 
 
-def memory(work: Work, layout: Layout, on: str, base: int = 0, slack: float = 0.0) -> Memory:
+def memory(work: Work, layout: Layout, on: str, base: int = 0, slack: float = 0.0, exact: bool = True) -> Memory:
     """What a rank holds at most.
 
     Args:
         on: the kind of device; on a CPU, what is offloaded stays where it is, and pages that nothing was written to take no memory.
         slack: see `Cluster.slack`.
+        exact: see `count`.
     """
-    made = count(work, layout.micro, layout.tensor, layout.sequence, layout.checkpoint, on)
+    made = count(work, layout.micro, layout.tensor, layout.sequence, layout.checkpoint, on, exact)
     data, zero, here = layout.data, layout.zero, on == "cpu"
     whole = made.parameters * work.weight_bytes
     master, share = 4 * made.parameters, -(-4 * made.parameters // data)
