@@ -47,10 +47,7 @@ def run(doc: str, argv: Sequence[str]) -> int:
     links = check_links(hosts) if len(hosts) > 1 else []
     rank = dist.get_rank()
     verdict: list[Any] = [_tell([*findings, *links, *clocks], hosts, facts, options) if rank == 0 else 0]
-    if dist.get_backend() == "gloo":
-        dist.broadcast_object_list(verdict, 0)
-    else:
-        dist.broadcast_object_list(verdict, 0, device=device())
+    dist.broadcast_object_list(verdict, 0)
     leave()
     return int(verdict[0])
 

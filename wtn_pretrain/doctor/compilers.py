@@ -31,7 +31,7 @@ def check_compilers(device: str) -> list[Finding]:
         text = "Python's headers are missing, which torch.compile and Triton include"
         found.append(Finding("compilers", "warning", text, "apt-get install python3-dev, or a Python that brings them"))
     if (
-        device == "cuda"
+        device != "cpu"
         and shutil.which("nvcc") is None
         and not (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc").is_file()
     ):

@@ -67,40 +67,31 @@ def join(timeout: float) -> list[Finding]:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        kind = "gloo" if backend() == "gloo" else f"cpu:gloo,{device().type}:{backend()}"
+        dist.init_process_group(kind, timeout=timedelta(seconds=timeout))
     except (dist.DistError, RuntimeError, ValueError) as error:
         text = f"{ranks} ranks do not come together at {address}:{port} in {timeout:g} s ({' '.join(str(error).split())[:160]})"
-        return [
-            Finding("network", "fault", text, "see that all ranks are started, with this address and port, and that it is open to them")
-        ]
+        return [Finding("network", "fault", text, "see that all ranks are started, with this address and port, and can reach it")]
     return [Finding("network", "ok", f"{ranks} ranks met at {address}:{port}")]
 
 
 def check_links(hosts: list[str]) -> list[Finding]:
-    """Bandwidth and latency between ranks; every rank calls it."""
-    found, kinds = [], ["gloo"] if backend() == "gloo" else ["gloo", backend()]
-    for kind in kinds:
-        far = len(set(hosts)) > 1
-        try:
-            if kind != "gloo":
-                # a group of its own must become the one that is measured
-                dist.destroy_process_group()
-                os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-                dist.init_process_group(kind, device_id=device(), timeout=timedelta(seconds=120))
-            connection = measure_link()
-        except (dist.DistError, RuntimeError) as error:
-            text = f"{kind} fails between these ranks ({' '.join(str(error).split())[:160]})"
-            found.append(Finding("links", "fault", text, "run again with NCCL_DEBUG=INFO; name the interface with NCCL_SOCKET_IFNAME"))
-            continue
-        link, where = connection.link, "rank 0 and 1" + (f", of {len(set(hosts))} hosts" if far else " of one host")
-        text = (
-            f"{kind} between {where}: {link.bandwidth / 1e9:.3g} GB/s, {1e6 * link.latency:.3g} us; "
-            f"an all-reduce over {len(hosts)} ranks reaches {connection.reduce:.0%} of it"
-        )
-        slow = link.bandwidth < (5e7 if kind == "gloo" else 5e9 if far else 2e10)
-        remedy = "" if not slow else "is the fast network used? see NCCL_SOCKET_IFNAME, NCCL_IB_HCA and GLOO_SOCKET_IFNAME (docs/faq.md)"
-        found.append(Finding("links", "warning" if slow else "ok", text, remedy))
-    return found
+    """Bandwidth and latency between ranks, of what a run would send over; every rank calls it."""
+    kind, far = backend(), len(set(hosts)) > 1
+    try:
+        connection = measure_link()
+    except (dist.DistError, RuntimeError) as error:
+        text = f"{kind} fails between these ranks ({' '.join(str(error).split())[:160]})"
+        remedy = "run again with NCCL_DEBUG=INFO (TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo); name the interface with NCCL_SOCKET_IFNAME"
+        return [Finding("links", "fault", text, remedy)]
+    link = connection.link
+    text = (
+        f"{kind} between rank 0 and 1{f', {len(set(hosts))} hosts in all' if far else ''}: {link.bandwidth / 1e9:.3g} GB/s, "
+        f"{1e6 * link.latency:.3g} us; an all-reduce over {len(hosts)} ranks reaches {connection.reduce:.0%} of it"
+    )
+    slow = link.bandwidth < (5e7 if kind == "gloo" else 5e9 if far else 2e10)
+    remedy = "is the fast network used? see NCCL_SOCKET_IFNAME, NCCL_IB_HCA and GLOO_SOCKET_IFNAME" if slow else ""
+    return [Finding("links", "warning" if slow else "ok", text, remedy)]
 
 
 def check_clocks(hosts: list[str], clock: Callable[[], float] = time.time, rounds: int = 10) -> list[Finding]:

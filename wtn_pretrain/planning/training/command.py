@@ -20,8 +20,8 @@ from wtn_pretrain.planning.training.work import Work
 
 EPILOG = f"""Layouts are searched over ZeRO 0 to 3, tensor parallelism within a node, recomputation, micro-batch and, with --offload, host
 memory. Left out, the device is an h100 and {USE["text"]:g} of its peak is reached with text, {USE["images"]:g} with images;
---profile measures the network's parts on this device instead. Devices: {", ".join(ACCELERATORS)}. All figures are of a stage as the recipe has it: other
---STAGE.key=value may follow."""
+--profile measures the network's parts on this device instead. Devices: {", ".join(ACCELERATORS)}.
+All figures are of a stage as the recipe has it: other --STAGE.key=value may follow."""
 UNITS = {"m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -68,7 +68,7 @@ def run(doc: str, argv: list[str]) -> str:
     if assumed:
         lines.append(f"assumed, since the data decides: {', '.join(assumed)}")
     parts = ["\n".join(lines)]
-    on = own_device().type if options.profile else "cuda"
+    on = own_device().type if options.profile else "gpu"
     if options.ranks:
         parts += _fixed(work, stage, options, timed, machines.sized(options.ranks), on)
     if options.within:

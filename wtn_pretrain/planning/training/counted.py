@@ -116,7 +116,7 @@ def _attention(fused_dropout: bool) -> Iterator[None]:
 
 
 def count(
-    work: Work, rows: int, tensor: int = 1, sequence: bool = False, checkpoint: int = 0, on: str = "cuda", exact: bool = True
+    work: Work, rows: int, tensor: int = 1, sequence: bool = False, checkpoint: int = 0, on: str = "gpu", exact: bool = True
 ) -> Counted:
     """Counts a pass of `rows` samples.
 
