@@ -1,6 +1,6 @@
 """Which planner a stage belongs to."""
 
-import argparse
+from collections.abc import Sequence
 
 from wtn_pretrain.planning import command as imitation
 from wtn_pretrain.planning.training import command as training
@@ -12,8 +12,13 @@ def run(doc: str, argv: list[str]) -> str:
     Raises:
         UserError: one line that names the argument or key, what is wrong and the remedy.
     """
-    stage = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    stage.add_argument("--stage", default="narrow")
-    found, _ = stage.parse_known_args([argument for argument in argv if argument != "--stage"] if argv[-1:] == ["--stage"] else argv)
     # an unknown stage is refused by the parser that lists them
-    return (training if found.stage in ("wide", "finetune", "scratch") else imitation).run(doc, argv)
+    return (training if _stage(argv) in ("wide", "finetune", "scratch") else imitation).run(doc, argv)
+
+
+def _stage(argv: Sequence[str]) -> str:
+    for place, argument in enumerate(argv):
+        name, _, value = argument.partition("=")
+        if name == "--stage":
+            return value or "".join(argv[place + 1 : place + 2])
+    return "narrow"

@@ -207,8 +207,7 @@ def _run(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on
     network = part_of(work, ranks)
     with mode:
         allocate(network, "cpu")
-        if work.weight_bytes == 2:
-            network.to(torch.bfloat16)
+        network.to(work.dtype)
         if checkpoint:
             checkpoint_blocks(network, checkpoint)
         module = TaskModule(network, work.task()).train()

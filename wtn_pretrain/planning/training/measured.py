@@ -69,8 +69,8 @@ def measured(work: Work, layout: Layout, repeats: int = 5) -> Passes:
         checkpoint_blocks(network, layout.checkpoint, reentrant=layout.zero == 3)
     batch = work.batch(layout.micro, device())
     # an engine's step has a cost of its own, which must not be counted for every part
-    tiny = nn.Linear(1, 1, device=device())
-    alone = _timed(work, layout, tiny, lambda: tiny(torch.ones(1, 1, device=device())).sum(), repeats)
+    tiny = nn.Linear(1, 1, device=device(), dtype=work.dtype)
+    alone = _timed(work, layout, tiny, lambda: tiny(torch.ones(1, 1, device=device(), dtype=work.dtype)).sum(), repeats)
     found: dict[str, tuple[float, float, Carry]] = {}
     parts: list[nn.Module] = [network.stem, *network.blocks]
     passes, step = alone
@@ -78,8 +78,7 @@ def measured(work: Work, layout: Layout, repeats: int = 5) -> Passes:
     for part in parts:
         key = f"{part} {carry and _shapes(carry)} {'forward' in vars(part)}"
         if key not in found:
-            allocate(part, device())
-            reset(part)
+            _fill(part, work)
             with torch.no_grad(), work.cast(device().type):
                 above = part(batch if carry is None else carry)
             timed = _timed(work, layout, part, partial(_middle, part, batch, carry), repeats)
@@ -87,14 +86,15 @@ def measured(work: Work, layout: Layout, repeats: int = 5) -> Passes:
         one, two, carry = found[key]
         passes, step = passes + one, step + two
     assert carry is not None
-    allocate(network.head, device())
-    reset(network.head)
+    _fill(network.head, work)
     one, two = _timed(work, layout, network.head, partial(_last, work, network.head, batch, carry), repeats)
     return Passes(passes + one - alone[0], max(step + two - 2 * alone[1], 0.0), alone[1])
 
 
-def reset(part: nn.Module) -> None:
-    """Draws the weights of a part afresh: what was in memory may be slow to compute with."""
+def _fill(part: nn.Module, work: Work) -> None:
+    """Gives a part memory and draws its weights: what was in memory may be slow to compute with."""
+    allocate(part, device())
+    part.to(work.dtype)
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.02)
     for module in part.modules():

@@ -79,7 +79,7 @@ def _passes(made: Counted, layout: Layout, whole: int, share: int, here: bool) -
         # gradients move into the bucket after the last pass, and this rank's out of it again
         moved = (min(whole, full) - whole if here else full) + part
         if again:
-            return max(made.lean, moved + made.largest * size, part + share), whole
+            return max(made.lean + (0 if here else full), moved + made.largest * size, part + share), whole
         return max(made.kept + (0 if here else full), whole + moved + made.largest * size), 0
     buckets = (1 if here and whole <= full else layout.buffers) * min(full, whole if here else full)
     kept = part if again else 0

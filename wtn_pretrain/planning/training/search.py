@@ -107,9 +107,8 @@ def _with(work: Work, layout: Layout, micro: int, timed: Timed, machines: Cluste
 
 
 def _divisors(number: int) -> list[int]:
-    """Micro-batches: divisors of a rank's share, few and even ones only as it grows."""
-    divisors = [value for value in range(1, min(number, MICRO) + 1) if number % value == 0]
-    return divisors if len(divisors) <= 5 else divisors[-5:]
+    """Micro-batches that a rank's share of the batch divides into."""
+    return [value for value in range(1, min(number, MICRO) + 1) if number % value == 0]
 
 
 def _simplicity(layout: Layout) -> tuple[int, int, int, int, int]:

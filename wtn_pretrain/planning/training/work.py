@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 import torch
@@ -54,13 +55,15 @@ class Work(NamedTuple):
 
     def flops(self) -> Flops:
         """FLOPs of a forward pass of one sample."""
-        if not self.length:
-            return flops(self.config)
-        return flops(self.config, self.length, positions=torch.zeros(1, self.masked, dtype=torch.long, device="meta"))
+        return _flops(self.config, self.length, self.masked)
 
     def parameters(self) -> int:
-        with torch.device("meta"):
-            return parameter_count(self.config.build())
+        return _parameters(self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's weights."""
+        return {"bf16_weights": torch.bfloat16, "fp16": torch.float16}.get(self.section.precision, torch.float32)
 
     @contextmanager
     def cast(self, device: str) -> Iterator[None]:
@@ -71,4 +74,18 @@ class Work(NamedTuple):
     @property
     def weight_bytes(self) -> int:
         """Of one weight in the network; its master and its states have four each."""
-        return 2 if self.section.precision in ("bf16_weights", "fp16") else 4
+        return self.dtype.itemsize
+
+
+@lru_cache(maxsize=64)
+def _flops(config: BlockConfig, length: int, masked: int) -> Flops:
+    # asked for with every layout, and counting takes a while
+    if not length:
+        return flops(config)
+    return flops(config, length, positions=torch.zeros(1, masked, dtype=torch.long, device="meta"))
+
+
+@lru_cache(maxsize=64)
+def _parameters(config: BlockConfig) -> int:
+    with torch.device("meta"):
+        return parameter_count(config.build())
