@@ -55,6 +55,8 @@ def parser(doc: str) -> Parser:
     """The options of tools/plan.py; all others are assignments to keys of the recipe."""
     made = Parser(description=doc, epilog=EPILOG, allow_abbrev=False)
     made.add_argument("--config", required=True, metavar="RECIPE", help="a run's YAML file; --section.key=value overrides it")
+    stages = ("wide", "narrow", "finetune", "scratch")
+    made.add_argument("--stage", choices=stages, default="narrow", help="narrow unless given; the others have a --help of their own")
     made.add_argument("--ranks", required=True, type=count, help="ranks to plan for")
     made.add_argument("--ranks-per-node", type=count, help="ranks on one machine")
     made.add_argument("--flops", type=amount, help="FLOP/s that a rank reaches in matrix products and convolutions")

@@ -182,12 +182,13 @@ def part_of(work: Work, ranks: Absent | None) -> BlockNetwork:
     return network
 
 
-def allocate(network: nn.Module, device: torch.device | str) -> None:
-    """Gives a meta network memory on `device`, in place; what is tied stays so, and its values are whatever was there."""
+def allocate(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Gives a meta network memory on `device`, its numbers in `dtype`, in place; what is tied stays so, and its values are whatever was there."""
     made: dict[int, Any] = {}
 
     def new(tensor: Tensor) -> Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device)
 
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -206,8 +207,7 @@ def _run(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on
     ranks = Absent(tensor, sequence) if tensor > 1 else None
     network = part_of(work, ranks)
     with mode:
-        allocate(network, "cpu")
-        network.to(work.dtype)
+        allocate(network, "cpu", work.dtype)
         if checkpoint:
             checkpoint_blocks(network, checkpoint)
         module = TaskModule(network, work.task()).train()

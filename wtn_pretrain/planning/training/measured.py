@@ -93,8 +93,7 @@ def measured(work: Work, layout: Layout, repeats: int = 5) -> Passes:
 
 def _fill(part: nn.Module, work: Work) -> None:
     """Gives a part memory and draws its weights: what was in memory may be slow to compute with."""
-    allocate(part, device())
-    part.to(work.dtype)
+    allocate(part, device(), work.dtype)
     for parameter in part.parameters():
         nn.init.normal_(parameter, std=0.02)
     for module in part.modules():
