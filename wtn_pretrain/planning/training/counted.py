@@ -183,7 +183,7 @@ def part_of(work: Work, ranks: Absent | None) -> BlockNetwork:
 
 
 def allocate(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Gives a meta network memory on `device`, its numbers in `dtype`, in place; what is tied stays so, and its values are whatever was there."""
+    """Gives a meta network memory on `device`, numbers in `dtype`, in place; what is tied stays so, its values are whatever was there."""
     made: dict[int, Any] = {}
 
     def new(tensor: Tensor) -> Tensor:
