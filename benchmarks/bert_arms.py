@@ -20,6 +20,8 @@ from wtn_pretrain.data.packing import PackedText, Packing
 from wtn_pretrain.data.stream import Batch
 from wtn_pretrain.data.text import TextData, open_text
 from wtn_pretrain.device import device
+from wtn_pretrain.kernels.live import using
+from wtn_pretrain.kernels.select import choose
 from wtn_pretrain.models import BertConfig
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.models.hf import to_hf
@@ -207,7 +209,8 @@ def ours(work: Work, packing: Packing, clock: Clock) -> None:
         log_every=10**6,
         checkpoint_every=10**6,
     )
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    kernels = using(choose("auto"))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()), kernels:
         task = Watched(MlmSection(), work.data[packing], work.config, work.cache)
         task.clock = clock
         task.train, task.valid = Timed(task.train, clock), Few(task.valid.text, task.valid.masker)

@@ -4,8 +4,8 @@
                                          [--repeats N] [--peak TFLOPS] [--preset ci|full] [--json FILE]
 
 Four arms train the same network from the same weights on the same documents, as many tokens an optimizer step:
-  ours                `wtn_pretrain.training.loop.train`: DeepSpeed's engine, rows of whole documents (data.packing documents) fetched
-                      and masked by `BatchStream`, the head at masked positions alone;
+  ours                `wtn_pretrain.training.loop.train`: DeepSpeed's engine, what run.kernels auto makes live, rows of whole documents
+                      (data.packing documents) fetched and masked by `BatchStream`, the head at masked positions alone;
   ours, padded rows   the same with one piece of a document a row, padded to the full length (data.packing padded);
   Trainer             transformers' Trainer on BertForMaskedLM, DataCollatorForLanguageModeling with dynamic padding;
   plain loop          the same model and collator under a torch DataLoader and ten lines of loop.
@@ -41,6 +41,7 @@ from wtn_pretrain.data.corpus import Corpus, PydocTopics, TextFiles, find_text_f
 from wtn_pretrain.device import peak_flops
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
+from wtn_pretrain.kernels.select import choose
 from wtn_pretrain.parallel.launch import start_ranks, stop_ranks
 
 WIKIPEDIA = ROOT.parent / "shared" / "data" / "wiki-en-2014" / "train-00.txt.xz"
@@ -100,6 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "text": [Path(path).name for path in work.data["documents"].paths] or ["pydoc"],
         "steps": steps,
         "repeats": repeats,
+        "kernels": choose("auto").describe(),
         "vocabulary": len(work.tokenizer or ()),
         "pieces_per_step": work.together,
         "padding_packed": work.packed.padding(),
@@ -153,7 +155,7 @@ def show(figures: dict[str, Any]) -> str:
         lines.append(line)
     mfu = f", MFU {figures['mfu']:.3f}" if "mfu" in figures else ""
     lines.append(f"ours: {figures['flops_per_second'] / 1e9:.4g} GFLOP/s{mfu}")
-    return "\n".join([table(head, rows), "", *lines])
+    return "\n".join([figures["kernels"], "", table(head, rows), "", *lines])
 
 
 def main() -> int:

@@ -12,7 +12,8 @@ Masking: rows of 128 tokens in batches of 256, in one process. Theirs: a `DataLo
   `masking_ratio` is their time over ours.
 Images: 224-pixel random crops, flipped, normalised, of a folder of JPEGs, in `--workers` processes. Plain: `DataLoader` over a dataset
   that opens, crops, flips and converts each with Pillow and numpy. `image_ratio` is our rate over theirs.
-Opening: a token file of `--open-gb` (sparse) is opened and one row of it read: `open_seconds`, and by how much memory grew.
+Opening: a token file of `--open-gb` (sparse) is opened and one row of it read: `open_seconds`, and by how much memory grew. The same, of
+  1 GB at most, in rows of whole documents whose layout an earlier start has left: `open_packed_seconds`; and how long that start took.
 `--corpus-gb` preprocesses a made-up corpus of that size besides, and records the peak memory of all processes together.
 
 Without --text, the text is made up: words of Zipf's frequencies, in documents of 20 to 2,000. Arms take turns, ratios are medians over
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from common import parser, positive, run, table
 from PIL import Image
 
@@ -45,6 +47,7 @@ from wtn_pretrain.data.prepare.sources import Reading, documents, find_sources
 from wtn_pretrain.data.prepare.vocabulary import train_tokenizer
 from wtn_pretrain.data.stream import BatchStream
 from wtn_pretrain.data.text import TextData, open_text
+from wtn_pretrain.data.token_corpus import open_rows
 from wtn_pretrain.data.token_files import CHUNK, files_of, open_token_file, write_index
 
 LENGTH, BATCH = 128, 256
@@ -231,8 +234,8 @@ def images(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"ratio": ratio, "images_per_second": {name: median(some) for name, some in rates.items()}}
 
 
-def opening(folder: Path, size: int) -> dict[str, Any]:
-    """Opens a sparse token file of `size` bytes."""
+def sparse(folder: Path, size: int) -> tuple[Path, int]:
+    """A token file of about `size` bytes of zeros, and how many they are."""
     prefix = folder / "large"
     bin_file, index, sums = files_of(prefix)
     each = 5000
@@ -241,19 +244,43 @@ def opening(folder: Path, size: int) -> dict[str, Any]:
         file.truncate(2 * each * count)
     with index.open("wb") as stream:
         write_index(stream, np.dtype("<u2"), np.full(count, each, np.int32), np.ones(count, np.int32))
-    chunks = -(-bin_file.stat().st_size // CHUNK) - (-index.stat().st_size // CHUNK)
-    import xxhash
-
     # zeros have one checksum
-    np.full(chunks, xxhash.xxh3_64_intdigest(bytes(CHUNK)), "<u8").tofile(sums)
+    found = [xxhash.xxh3_64_intdigest(bytes(CHUNK))] * -(-bin_file.stat().st_size // CHUNK)
+    with index.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            found.append(xxhash.xxh3_64_intdigest(chunk))
+    np.array(found, "<u8").tofile(sums)
+    return prefix, 2 * each * count
+
+
+def opening(folder: Path, size: int) -> dict[str, Any]:
+    """Opens a sparse token file of `size` bytes."""
+    prefix, written = sparse(folder, size)
     before = _resident()
     began = time.perf_counter()
     file_of_tokens = open_token_file(prefix)
     opened = time.perf_counter() - began
     file_of_tokens.tokens[np.arange(0, LENGTH)]
-    found = {"bytes": 2 * each * count, "seconds": opened, "with_a_row": time.perf_counter() - began, "memory": _resident() - before}
-    for made in (bin_file, index, sums):
+    found = {"bytes": written, "seconds": opened, "with_a_row": time.perf_counter() - began, "memory": _resident() - before}
+    for made in files_of(prefix):
         made.unlink()
+    return found
+
+
+def opening_packed(folder: Path, size: int, tokenizer: Any) -> dict[str, Any]:
+    """Opens one in rows of whole documents, twice: the first start finds which they are, the second reads it."""
+    prefix, written = sparse(folder, size)
+    found: dict[str, Any] = {"bytes": written}
+    for name in ("first", "again"):
+        before, began = _resident(), time.perf_counter()
+        rows = open_rows(open_token_file(prefix), tokenizer, LENGTH, "documents", folder / "laid-out")
+        found[f"{name}_seconds"] = time.perf_counter() - began
+        rows.fetch(np.arange(1), None)
+        found |= {f"{name}_memory": _resident() - before, "rows": len(rows)}
+        del rows
+    for made in files_of(prefix):
+        made.unlink()
+    shutil.rmtree(folder / "laid-out")
     return found
 
 
@@ -286,7 +313,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     options.repeats = options.repeats or (1 if ci else 5)
     options.batches, options.images, options.image_batches = (4, 12, 1) if ci else (200, 256, 4)
     size = int(1e6 * (options.megabytes or (1 if ci else 50)))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the cores here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the cores here, of theirs too; ours see to it themselves
     with tempfile.TemporaryDirectory(prefix="data-", dir=options.folder) as made:
         folder = Path(made)
         source = folder / "text.jsonl"
@@ -299,13 +326,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         some = [json.loads(line)["text"] for line, _ in zip(source.open(encoding="utf-8"), range(400 if ci else 4000), strict=False)]
         tokenizer = train_tokenizer("wordpiece", some, 512 if ci else 16_000)
         tokenizer.save_pretrained(str(folder / "tokenizer"))
+        large = 1e9 * (options.open_gb or (0.1 if ci else 10))
         found: dict[str, Any] = {
             "workers": options.workers,
             "repeats": options.repeats,
             "preprocessing": preprocessing(folder, source, tokenizer, options),
             "masking": masking(folder, tokenizer, options),
             "images": images(folder, options),
-            "opening": [opening(folder, int(size)) for size in (1e7, 1e9 * (options.open_gb or (0.1 if ci else 10)))],
+            "opening": [opening(folder, int(size)) for size in (1e7, large)],
+            "opening_packed": [opening_packed(folder, int(size), tokenizer) for size in (1e7, min(1e9, large))],
         }
         if options.corpus_gb:
             found["corpus"] = large_corpus(folder, int(1e9 * options.corpus_gb), options)
@@ -315,6 +344,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "masking_ratio": found["masking"]["ratio"],
         "image_ratio": found["images"]["ratio"],
         "open_seconds": found["opening"][-1]["seconds"],
+        "open_packed_seconds": found["opening_packed"][-1]["again_seconds"],
     }
     return {**keys, **found}
 
@@ -336,11 +366,15 @@ def show(figures: dict[str, Any]) -> str:
         rows.append(
             [f"open {opened['bytes'] / 1e9:.2f} GB", f"{1e3 * opened['seconds']:.2f} ms, {opened['memory'] / 2**20:.1f} MiB more", ""]
         )
+    for opened in figures["opening_packed"]:
+        again, first = (f"{1e3 * opened[f'{name}_seconds']:.2f} ms" for name in ("again", "first"))
+        what = f"{again}, {opened['again_memory'] / 2**20:.1f} MiB more; the first time {first}"
+        rows.append([f"open {opened['bytes'] / 1e9:.2f} GB packed", what, ""])
     if "corpus" in figures:
         made_large = figures["corpus"]
         what = f"{made_large['bytes'] / made_large['seconds'] / 1e6:.2f} MB/s, {made_large['peak_memory'] / 2**20:.0f} MiB at most"
         rows.append([f"corpus of {made_large['bytes'] / 1e9:.2f} GB", what, ""])
-    keys = ("preprocess_ratio", "masking_ratio", "image_ratio", "open_seconds")
+    keys = ("preprocess_ratio", "masking_ratio", "image_ratio", "open_seconds", "open_packed_seconds")
     said = [f"{key} {figures[key]:.4g}" for key in keys]
     return "\n".join(
         [f"{figures['workers']} workers, median of {figures['repeats']}", "", table(["", "rate", "ours over it"], rows), "", *said]

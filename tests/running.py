@@ -6,12 +6,13 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,27 @@ def compiled(op: str) -> bool:
     if os.environ.get("WTN_COMPILE"):
         return True
     found = importlib.util.find_spec("deepspeed")
-    here = str(Path(found.origin).parent) if found and found.origin else ""
+    if found is None or found.origin is None:
+        return False
+    here, installed = str(Path(found.origin).parent), Path(found.origin).stat().st_ctime
     builds = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")).rglob(f"{op}*.so")
-    # another environment's sources are newer or older: it would be built again
-    return any(here in (built.parent / "build.ninja").read_text() for built in builds if (built.parent / "build.ninja").exists())
+    # what was built of another environment's sources, or before these were installed, would be built again
+    return any(
+        here in (built.parent / "build.ninja").read_text() and built.stat().st_mtime > installed
+        for built in builds
+        if (built.parent / "build.ninja").exists()
+    )
+
+
+@contextlib.contextmanager
+def no_room(size: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def free_port() -> int:
@@ -229,6 +247,10 @@ class Started:
     def ended(self) -> bool:
         return (self._folder / "codes").exists()
 
+    def seconds(self) -> float:
+        """From the start of all ranks to the end of the last one, which has ended."""
+        return (self._folder / "codes").stat().st_mtime - (self._folder / "pids").stat().st_mtime
+
     def errors(self) -> list[str]:
         """What the ranks say on standard error beside their progress."""
         return [line for line in self.stderr().splitlines() if line.strip() and not line.startswith(("narrow", "wide"))]
@@ -245,22 +267,49 @@ class Started:
         return json.loads(path.read_text())
 
 
+def reached(started: Started, stage: Path, step: int, when: Callable[[], bool] = lambda: True, timeout: float = 90) -> None:
+    """Waits until a stage has logged a step, and `when` holds."""
+    deadline = time.monotonic() + timeout
+    while max(steps_logged(stage), default=0) < step or not when():
+        assert not started.ended(), started.stderr()[-4000:]
+        assert time.monotonic() < deadline, f"step {step} was not logged in {timeout} s\n{started.stderr()[-4000:]}"
+        time.sleep(0.005)
+
+
 class Forge:
     """Starts ranks without a launcher, as forks of one process that has imported everything (`forge.py`): seconds faster than anew."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variables: Mapping[str, str] | None = None) -> None:
+        """`variables`: more of the environment of all that it starts."""
         self._folder, self._count = folder, 0
         self._started: list[Started] = []
         # gloo, whatever this machine has
-        env = {**environment(), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        env = {**environment(), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **(variables or {})}
         call = [sys.executable, str(ROOT / "tests" / "forge.py")]
         self._process = subprocess.Popen(call, env=env, cwd=folder, stdin=subprocess.PIPE, text=True)
 
-    def start(self, script: str, config: Path, *overrides: str, ranks: int = 1, each: Sequence[Sequence[str]] = ()) -> Started:
-        """Starts `ranks` ranks of a script of the repository; `each`: further arguments of every rank."""
-        return self.program(ROOT / "scripts" / script, "--config", str(config), *overrides, cwd=config.parent, ranks=ranks, each=each)
+    def start(
+        self,
+        script: str,
+        config: Path,
+        *overrides: str,
+        ranks: int = 1,
+        each: Sequence[Sequence[str]] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> Started:
+        """Starts `ranks` ranks of a script of the repository; `each`: further arguments of every rank; `variables`: of the environment."""
+        arguments = ["--config", str(config), *overrides]
+        return self.program(ROOT / "scripts" / script, *arguments, cwd=config.parent, ranks=ranks, each=each, variables=variables)
 
-    def program(self, program: Path, *arguments: str, cwd: Path, ranks: int = 1, each: Sequence[Sequence[str]] = ()) -> Started:
+    def program(
+        self,
+        program: Path,
+        *arguments: str,
+        cwd: Path,
+        ranks: int = 1,
+        each: Sequence[Sequence[str]] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> Started:
         """Starts `ranks` ranks of any program."""
         assert self._process.poll() is None, "the forge has ended"
         folder = self._folder / str(self._count)
@@ -271,7 +320,7 @@ class Forge:
             "arguments": arguments,
             "ranks": ranks,
             "each": [list(more) for more in each] or [[]] * ranks,
-            "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+            "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(variables or {})},
             "cwd": str(cwd),
             "folder": str(folder),
         }

@@ -15,7 +15,7 @@ from wtn_pretrain.exchange.bench import run
 
 if __name__ == "__main__":
     try:
-        print(run(__doc__, sys.argv[1:]))
+        run(__doc__, sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

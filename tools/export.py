@@ -1,6 +1,8 @@
 """Export the thin network of a run, each format compared with the original before it counts as written.
 
-python tools/export.py runs/NAME [--to hf,onnx,onnx_fused,onnx_int8,torchvision,timm,torch_export] [--stage finetune] [--export.opset=20]
+python tools/export.py runs/NAME [--to FORMATS] [--stage finetune] [--export.opset=20]
+
+Formats: hf, onnx, onnx_fused, onnx_int8, onnx_int8_dynamic, torchvision, timm, torch_export.
 """
 
 import sys

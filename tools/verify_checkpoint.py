@@ -1,34 +1,12 @@
-"""Read checkpoints of a training stage whole, and say what is in them: python tools/verify_checkpoint.py PATH
+"""Read what the stages of a run have left, and say what is in it and whether it is whole: python tools/verify_checkpoint.py PATH
 
-PATH is a checkpoint (stepN), or a folder above checkpoints, such as a run's. Exit code: 0 all are whole, 1 one is not, 2 there is none.
+PATH is a checkpoint (stepN of a training stage, phaseP-stepN of imitation), a finished stage, or a folder above such, as a run's: then the
+checkpoints and the finished networks of all its stages. Exit code: 0 all is whole, 1 something is not, 2 there is nothing.
 """
 
 import sys
-from pathlib import Path
 
-from wtn_pretrain.errors import UserError
-from wtn_pretrain.training.checkpoint.contents import contents, find_checkpoints, shown
-from wtn_pretrain.training.checkpoint.manifest import DamagedError
-
-
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(__doc__)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    try:
-        found = find_checkpoints(Path(arguments[0]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    code = 0
-    for folder in found:
-        try:
-            print(shown(folder, *contents(folder)))
-        except DamagedError as error:
-            print(f"error: {error}; the checkpoint is damaged", file=sys.stderr)
-            code = 1
-    return code
-
+from wtn_pretrain.verify import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], __doc__))

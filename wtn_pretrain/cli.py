@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from wtn_pretrain.again import AGAIN, mark, unmark
 from wtn_pretrain.config import describe
 from wtn_pretrain.errors import Preempted, UserError
 
@@ -14,8 +17,6 @@ if TYPE_CHECKING:
     from wtn_pretrain.stages import Stages
 
 USAGE_ERROR = 2
-AGAIN = 75
-"""The exit code of a run that was left early and continues with the same command (EX_TEMPFAIL)."""
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -50,10 +51,17 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
     """Reads the recipe, starts the ranks, does `work` and exits: 0, or 2 with one line on standard error for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
     code = 0
+    folder: Path | None = None
+    # a job may be told to end while its ranks still import: kept for the notice
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         if any(argument in ("-h", "--help") for argument in argv):
             print(_help(purpose))
             sys.exit(0)
+        from wtn_pretrain.parallel.launchers import find_start
+
+        # first of all, so that of many ranks one alone says what is wrong
+        start = find_start()
         dry_run = "--dry-run" in argv
         config, assignments = split_arguments([argument for argument in argv if argument != "--dry-run"])
         if config is None:
@@ -61,18 +69,26 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         if dry_run:
             from wtn_pretrain.planning.command import dry_run as shown
 
-            if os.environ.get("RANK", "0") == "0":
-                print(shown(config, assignments, int(os.environ.get("WORLD_SIZE", "1"))))
+            if start.rank == 0:
+                print(shown(config, assignments, start.world_size))
             sys.exit(0)
         from wtn_pretrain.recipe import load_recipe
 
         recipe = load_recipe(config, assignments)
-        from wtn_pretrain.parallel.launch import start_ranks
+        from wtn_pretrain.parallel.launch import describe_ranks, start_ranks
         from wtn_pretrain.parallel.preemption import Notice
         from wtn_pretrain.stages import Stages
 
         with contextlib.closing(Notice(60 * recipe.run.time_limit)) as notice:
-            work(Stages(recipe, start_ranks(), notice))
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            place = start_ranks(start)
+            if place.rank == 0:
+                print(describe_ranks(), flush=True)
+            stages = Stages(recipe, place, notice)
+            folder = stages.folder.path
+            if place.rank == 0:
+                unmark(folder)
+            work(stages)
     except UserError as error:
         from wtn_pretrain.parallel.launch import first_to_fail
 
@@ -81,8 +97,14 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
             print(f"error: {error}", file=sys.stderr)
         code = USAGE_ERROR
     except Preempted as reason:
+        from wtn_pretrain.parallel.launch import after_the_first
+
         if os.environ.get("RANK", "0") == "0":
             print(f"{reason}; the same command continues", file=sys.stderr)
+            if folder is not None:
+                mark(folder, str(reason))
+        # some launchers end the others as soon as one has left
+        after_the_first()
         code = AGAIN
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
@@ -94,6 +116,8 @@ def main(work: Callable[["Stages"], object], purpose: str, argv: Sequence[str] |
         if not another_failed():
             raise
         code = USAGE_ERROR
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
     from wtn_pretrain.parallel.launch import stop_ranks
 
     stop_ranks()

@@ -1,20 +1,20 @@
 """The run's folder: its configuration, one folder a stage, and what says that a stage is done."""
 
-import errno
-import fcntl
+import hashlib
 import json
-import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from wtn_pretrain.config import read_yaml
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
+from wtn_pretrain.lock import Lock
+
+NETWORK, CHECKSUM = "model.safetensors", "model_sha256"
 
 
 class RunFolder:
@@ -22,7 +22,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
 
     def check(self, config: str) -> None:
         """Refuses if the folder holds a run that this configuration would not continue."""
@@ -47,23 +47,8 @@ class RunFolder:
         Raises:
             UserError: names the other process.
         """
-        if self._lock is not None:
-            return
-        file = (self.path / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return
-            file.seek(0)
-            raise UserError(
-                f"{self.path}: {file.read().strip() or 'another process'} works on this run; wait for it, or choose another --run.name"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        # of POSIX, so that a worker that was forked does not hold it; closed, it would be gone
-        self._lock = file
+        if self._lock is None:
+            self._lock = Lock(self.path, "works on this run; wait for it, or choose another --run.name")
 
     def stage(self, name: str, seed: int | None = None) -> Path:
         """The folder of a stage."""
@@ -82,13 +67,41 @@ class RunFolder:
 
     @staticmethod
     def finish(stage: Path, result: dict[str, Any]) -> dict[str, Any]:
+        """Says that a stage is done, what it reports, and what its network looks like to the byte."""
+        result = {**result, CHECKSUM: _sha256(stage / NETWORK)}
         write_text(stage / "done.json", json.dumps(result, indent=2) + "\n")
         return result
+
+    @staticmethod
+    def check_network(stage: Path) -> str | None:
+        """Reads the network of a finished stage whole; its checksum, or None if the stage has told none.
+
+        Raises:
+            UserError: it is not as the stage has left it.
+        """
+        told = (RunFolder.result(stage) or {}).get(CHECKSUM)
+        if told is None:
+            return None
+        if _sha256(stage / NETWORK) != told:
+            raise UserError(
+                f"{stage / NETWORK}: is not as the stage left it (its sha256 differs from that in done.json); put the file back, or remove "
+                f"{stage / 'done.json'} and run the stage again, which goes on from its last checkpoint"
+            )
+        return told
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); run the stage again") from None
 
 
 # where a run lies, how it looks, saves, is laid out over ranks and exported may change from one start to the next; what it computes may not
 _FREE = re.compile(
-    r"run\.(folder|kernels|time_limit)|export\..*|data\.workers|.*\.(log_every|checkpoint_every|evaluate_every|patience)"
+    r"run\.(folder|kernels|time_limit)|export\..*|data\.workers"
+    r"|.*\.(log_every|checkpoint_every|checkpoint_keep|checkpoint_keep_every|evaluate_every|patience|max_skipped)"
     r"|(wide|finetune)\.(deepspeed|micro_batch_size|tensor_parallel|sequence_parallel|checkpoint_activations|compile)"
     r"|narrow\.(plan|in_flight|trace|offload|offload_batches)"
 )

@@ -14,13 +14,14 @@ from wtn_pretrain.exchange.files import digest
 from wtn_pretrain.exchange.write import export_network
 from wtn_pretrain.models.base import BlockConfig, parameter_count
 from wtn_pretrain.models.store import load_network
+from wtn_pretrain.planning.fit import require_fit
 from wtn_pretrain.report.html import write_report
 from wtn_pretrain.report.latency import measure_latency
 from wtn_pretrain.report.summary import Arm, Metric, Summary, Training, WinArm, gain, write_summary
 from wtn_pretrain.report.table import table
+from wtn_pretrain.screen import say
 from wtn_pretrain.stages import Stages
 from wtn_pretrain.tasks.base import evaluate
-from wtn_pretrain.training.monitor import say
 
 
 def run_method(stages: Stages) -> Summary | None:
@@ -29,6 +30,9 @@ def run_method(stages: Stages) -> Summary | None:
     All ranks train; what follows is the first one's business, and the others return None.
     """
     recipe = stages.recipe
+    # what the last stage cannot do with these ranks is said before the first one begins
+    counts = stages.task.forward_flops(stages.thin), stages.task.forward_flops(stages.wide_shape)
+    require_fit(recipe, stages.thin, stages.wide_shape, stages.pairing, counts, stages.task.length, stages.place.world_size)
     wide = stages.wide()
     narrow, finetune, scratch = [], [], []
     for seed in recipe.compare.seeds:
@@ -40,6 +44,7 @@ def run_method(stages: Stages) -> Summary | None:
         return None
     say("exporting " + ", ".join(recipe.export.formats))
     start = stages.seed_folder("finetune", recipe.compare.seeds[0])
+    stages.folder.check_network(start)
     thin = load_network(start)
     origin = describe(recipe, stages.folder.path, "finetune", stages.task, {"model.safetensors": digest(start / "model.safetensors")})
     written = export_network(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export, origin)
@@ -86,6 +91,7 @@ def evaluate_run(stages: Stages) -> None:
                 continue
             folder = stages.seed_folder(stage, None if stage == "wide" else seed)
             if stages.folder.result(folder):
+                stages.folder.check_network(folder)
                 score = evaluate(load_network(folder).to(device()), stages.task)
                 print(
                     f"{folder.relative_to(stages.folder.path)}: {metric.name} {score['metric']:.2f} {metric.unit}, loss {score['loss']:.4f}"

@@ -14,19 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import Store
 
+from wtn_pretrain.checkpoint.files import DamagedError
 from wtn_pretrain.compress.merge import Bridged, merge_and_check
 from wtn_pretrain.config import Section
 from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.device import device, to_device
-from wtn_pretrain.files import write_beside, write_file, write_text
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_beside, write_text
 from wtn_pretrain.imitation.bridges import Bridge, bridge_kinds, enough, place_bridges, sample_teacher, start_maps, teacher_modules
 from wtn_pretrain.imitation.cache import ActivationCache
 from wtn_pretrain.imitation.cache_key import Key, data_identity, network_identity
 from wtn_pretrain.imitation.cache_layout import CacheLayout, lay_out
-from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
+from wtn_pretrain.imitation.checkpoint.manifest import Position, Stored
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.engine import Run, open_stream
-from wtn_pretrain.imitation.imitator import Imitator, Send
+from wtn_pretrain.imitation.imitator import Imitator, Send, Work
 from wtn_pretrain.imitation.learner import learner_config
 from wtn_pretrain.imitation.observer import Observer
 from wtn_pretrain.imitation.pairing import Pairing
@@ -45,8 +47,8 @@ from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.parallel.replicas import forget_replicas
 from wtn_pretrain.parallel.watch import Watch
 from wtn_pretrain.planning.choose import choose_plan
+from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
-from wtn_pretrain.training.monitor import say
 from wtn_pretrain.training.trace import Trace, merge
 from wtn_pretrain.training.utilisation import bubble, utilisation, write_utilisation
 
@@ -150,7 +152,8 @@ class Narrow:
         taught = None
         if store_of_answers is not None:
             taught = self._taught(store_of_answers, imitator, wiring, stream, observer, store)
-        position = Run(imitator, order, stream, self.folder, wiring, taught, notice=self.notice).go()
+        identity = {"seed": seed, "loss": section.loss}
+        position = Run(imitator, order, stream, self.folder, wiring, taught, notice=self.notice, identity=identity).go()
         errors = imitation_errors(imitator, wiring, batches(self.task.valid, rows), ERROR_BATCHES)
         imitator.close()
         residence.close()
@@ -216,7 +219,8 @@ class Narrow:
 
             with observer.allow(LOAD, "samples"):
                 samples = through_leaders(wiring, data, SAMPLE_BATCHES, self.section.in_flight, observer, sample)
-            write_file(place / f"samples-{wiring.seat.span}.pt", lambda file: torch.save(samples, file))
+            sampled = {str(boundary): value.cpu().contiguous() for boundary, value in samples.items()}
+            write_beside(place / f"samples-{wiring.seat.span}.safetensors", lambda part: save_file(sampled, part))
             store.add("sampled", 1)
         if self.place.rank == 0:
             with observer.waiting():
@@ -224,7 +228,8 @@ class Narrow:
             with observer.allow(LOAD, "bridges"):
                 samples = {}
                 for span in range(len(self.plan.spans)):
-                    samples |= torch.load(place / f"samples-{span}.pt", map_location=device(), weights_only=True)
+                    sampled = load_file(place / f"samples-{span}.safetensors")
+                    samples |= {int(boundary): value.to(device()) for boundary, value in sampled.items()}
                 with torch.device("meta"):
                     thin = self.thin.build()
                 maps = start_maps(thin, self.pairing, self.kinds, samples)
@@ -306,10 +311,9 @@ class Narrow:
                 told = json.loads(store.get(f"errors-{span}"))
                 errors |= {int(unit): value for unit, value in told["errors"].items()}
         position = Position(*told["position"])
-        checkpoints = Checkpoints(self.folder / "checkpoints")
+        states, work = self._last(self.folder / "checkpoints" / position.name)
         wide = self._load(["head"])
         thin = self.thin.build().to(device())
-        states = [checkpoints.unit(position, unit) for unit in range(self.pairing.units + 1)]
         maps = {self.pairing.student[unit]: state["exit.expand"] for unit, state in enumerate(states) if "exit.expand" in state}
         bridges = place_bridges(maps, self.pairing, self.kinds)
         for unit, state in zip(make_units(thin, wide, self.pairing, bridges, self.section, self.counts), states, strict=True):
@@ -327,7 +331,6 @@ class Narrow:
             write_beside(self.folder / "bridges.safetensors", lambda part: save_file(state, part))
         write_text(self.folder / "merge.json", json.dumps(report, indent=2) + "\n")
         save_network(self.folder, self.thin, merged.state_dict())
-        work = checkpoints.spent(position)
         return {
             **score,
             "steps": self.section.steps,
@@ -337,6 +340,16 @@ class Narrow:
             "imitation_error": [errors[unit] for unit in sorted(errors)],
             "plan": str(self.plan),
         }
+
+    def _last(self, folder: Path) -> tuple[list[dict[str, Tensor]], Work]:
+        """The state of every unit at the end, on this rank's device, and what all of it has cost."""
+        try:
+            stored = Stored(folder)
+            stored.check()
+            units = [stored.unit(unit) for unit in range(self.pairing.units + 1)]
+        except DamagedError as error:
+            raise UserError(f"{error}; start narrow again, which goes on from the checkpoint before it") from None
+        return [{name: value.to(device()) for name, value in unit.items()} for unit in units], stored.spent
 
     def _merge(self, bridged: Bridged) -> tuple[BlockNetwork, dict[str, Any]]:
         """The merged network, and how far it is from the bridged one in fp32 and fp64 on real inputs."""

@@ -58,13 +58,15 @@ class WideSection(TrainSection):
     stage of one, a Hugging Face folder, a timm folder, a state dict in torchvision's names, a Megatron BERT checkpoint (docs/export.md)."""
     teacher_pickle: bool = False
     """Read `teacher` even if it is a pickle; tensors alone are then taken from it."""
+    teacher_heads: int = Field(0, ge=0)
+    """Attention heads of a `teacher` that does not tell them, a Megatron checkpoint without its arguments; 0: it does."""
 
 
 class FinetuneSection(TrainSection):
     """Stage 3."""
 
     int8: bool = False
-    """Train for int8: products and convolutions round their weights and inputs as the int8 exports will (Jacob et al. 2018)."""
+    """Train for int8: weights and activations are rounded where the static int8 export rounds them (Jacob et al. 2018)."""
 
     @model_validator(mode="after")
     def _rounds(self) -> Self:
@@ -133,7 +135,7 @@ class Recipe(Section):
     def wide_model(self) -> BlockConfig:
         """The shape of the wide network; that of a teacher is read from it."""
         if self.wide.teacher:
-            return wide_shape(self.model, self.wide.teacher, self.wide.teacher_pickle)
+            return wide_shape(self.model, self.wide.teacher, self.wide.teacher_pickle, self.wide.teacher_heads)
         return self.model.widen(self.widen.inner, self.widen.outer, self.widen.blocks or None)
 
     def scratch_samples(self) -> int:

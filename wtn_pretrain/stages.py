@@ -1,6 +1,5 @@
 """The stages of a run, each started again where it stopped: wide, narrow, finetune, and the scratch baseline."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from wtn_pretrain.imitation.bridges import bridge_kinds
 from wtn_pretrain.imitation.learner import learner_config
 from wtn_pretrain.imitation.pairing import pair
 from wtn_pretrain.kernels.select import activate
-from wtn_pretrain.models.base import BlockConfig, BlockNetwork
+from wtn_pretrain.models.base import BlockConfig
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.store import load_network, load_shape, save_network
 from wtn_pretrain.narrow import Narrow
 from wtn_pretrain.parallel.launch import Place, require_same, wait_for_all
 from wtn_pretrain.parallel.preemption import Notice
 from wtn_pretrain.recipe import Recipe, check_writable
+from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, evaluate
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmSection, MlmTask
@@ -32,7 +32,6 @@ from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.engine import check_training
 from wtn_pretrain.training.int8 import fake_quantise, without_ranges
 from wtn_pretrain.training.loop import train
-from wtn_pretrain.training.monitor import say
 
 
 def open_task(recipe: Recipe, cache: Path) -> Task:
@@ -41,7 +40,7 @@ def open_task(recipe: Recipe, cache: Path) -> Task:
         return MlmTask(recipe.task, recipe.data, recipe.model, cache)
     assert isinstance(recipe.task, ClassifySection)
     assert isinstance(recipe.data, ImageData)
-    return ClassifyTask(recipe.task, recipe.data)
+    return ClassifyTask(recipe.task, recipe.data, cache)
 
 
 class Stages:
@@ -100,7 +99,7 @@ class Stages:
     def finetune(self, seed: int) -> dict[str, Any]:
         """Stage 3: the thin network that stage 2 warmed up, on the real objective."""
         start = self.seed_folder("narrow", seed)
-        return self._train("finetune", seed, self.thin, self.recipe.finetune, seed, start=lambda: load_network(start))
+        return self._train("finetune", seed, self.thin, self.recipe.finetune, seed, start=start)
 
     def narrow(self, seed: int) -> dict[str, Any]:
         """Stage 2: the thin network imitates the wide one, block by block; bridges are merged away at the end."""
@@ -115,7 +114,7 @@ class Stages:
             raise UserError(
                 f"{teacher}: holds a network of another shape than this run's wide one; train it again under another --run.name"
             )
-        self._begin()
+        self._begin(teacher)
         settings: dict[str, Section] = {"data": self.recipe.data, "task": self.recipe.task}
         stage = Narrow(
             self.recipe.narrow, self.task, self.thin, self.wide_shape, self.pairing, teacher, folder, self.place, settings, self.notice
@@ -125,10 +124,12 @@ class Stages:
         stage.go(seed, data_seed, lambda result: self.folder.finish(folder, result))
         return self.folder.result(folder) or {}
 
-    def _begin(self) -> None:
-        """Keeps others from this run while a stage is at work on it."""
+    def _begin(self, *networks: Path) -> None:
+        """Keeps others from this run while a stage is at work on it, which starts from the networks of other stages."""
         if self.place.rank == 0:
             self.folder.lock()
+            for stage in networks:
+                self.folder.check_network(stage)
         wait_for_all(self.place)
 
     def _wide_model(self) -> BlockConfig:
@@ -137,7 +138,7 @@ class Stages:
         return load_shape(wide) if self.recipe.wide.teacher and self.folder.result(wide) else self.recipe.wide_model()
 
     def _teacher(self) -> Foreign:
-        return open_foreign(self.recipe.wide.teacher, self.recipe.wide.teacher_pickle)
+        return open_foreign(self.recipe.wide.teacher, self.recipe.wide.teacher_pickle, heads=self.recipe.wide.teacher_heads)
 
     def _adopt(self) -> dict[str, Any]:
         """Puts the teacher from elsewhere, once, where stage 1 would leave its network; the first rank does."""
@@ -165,15 +166,16 @@ class Stages:
         shape: BlockConfig,
         section: TrainSection,
         init: int,
-        start: Callable[[], BlockNetwork] | None = None,
+        start: Path | None = None,
     ) -> dict[str, Any]:
+        """`start`: the stage whose network this one starts from; None: from weights drawn with `init`."""
         folder = self.seed_folder(name, seed)
         finished = self.folder.result(folder)
         if finished:
             return finished
-        self._begin()
+        self._begin(*([start] if start else []))
         torch.manual_seed(init)
-        network = start() if start else shape.build()
+        network = load_network(start) if start else shape.build()
         if getattr(section, "int8", False):
             fake_quantise(network)
         trained = train(network, self.task, section, stage=name, folder=folder, seed=init, place=self.place, notice=self.notice)
@@ -187,6 +189,10 @@ class Stages:
         }
         if trained.state is not None:
             save_network(folder, shape, without_ranges(trained.state))
+            if getattr(section, "int8", False):
+                # what is left is plain: its own figures, beside those of the network as it was trained
+                plain = evaluate(load_network(folder).to(device()), self.task)
+                result |= {**plain, **{f"int8_{key}": value for key, value in trained.score.items()}}
             self.folder.finish(folder, result)
         # the next stage of any rank starts from what the first one has written
         wait_for_all(self.place)

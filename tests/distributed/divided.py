@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wtn_pretrain.kernels.attention import attend
+from wtn_pretrain.kernels.dropout import dropout as dropped
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.models.bert.model import BertBlock, BertNetwork
 from wtn_pretrain.parallel.grid import Grid
@@ -40,7 +42,7 @@ class SameMasks:
         for seed, q, k, v in zip(self.seeds(), *parts, strict=True):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                mixed.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=block.attention_dropout.p))
+                mixed.append(attend(q, k, v, mask, block.attention_dropout.p))
         return block.attention_output(torch.cat(mixed, 1).transpose(1, 2).flatten(2))
 
     def drop(self, dropout: nn.Dropout, x: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class SameMasks:
         for seed, part in zip(self.seeds(), x.chunk(self.count, 1), strict=True):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                parts.append(F.dropout(part, dropout.p))
+                parts.append(dropped(part, dropout.p))
         return torch.cat(parts, 1)
 
 

@@ -117,7 +117,9 @@ def layout(config: Path, zero: int) -> None:
 def test_a_stage_continues_on_other_ranks(
     base: dict[str, Any], starts: tuple[tuple[int, int, int], ...], forge: Forge, tmp_path: Path
 ) -> None:
-    config = write_recipe(tmp_path / "recipe.yaml", recipe(base, {"wide.deepspeed": "mine.json", "wide.batch_size": 24}))
+    config = write_recipe(
+        tmp_path / "recipe.yaml", recipe(base, {"wide.deepspeed": "mine.json", "wide.batch_size": 24, "wide.checkpoint_keep": 20})
+    )
     stage = tmp_path / "runs" / base["run"]["name"] / "wide"
     curves = []
     # each start saves once, and the next one goes on from there
@@ -136,12 +138,13 @@ def test_a_stage_continues_on_other_ranks(
 
 
 def test_the_same_layout_continues_bit_for_bit(forge: Forge, tmp_path: Path) -> None:
-    changes = {"wide.deepspeed": "mine.json", "wide.batch_size": 24, "model.dropout": 0.1, "wide.checkpoint_every": 6}
+    often = {"wide.checkpoint_every": 6, "wide.checkpoint_keep": 3}
+    changes = {"wide.deepspeed": "mine.json", "wide.batch_size": 24, "model.dropout": 0.1, **often}
     config = write_recipe(tmp_path / "recipe.yaml", recipe(BERT, changes))
     layout(config, 3)
     stage = tmp_path / "runs" / "bert" / "wide"
     forge.start("train_wide.py", config, ranks=2).succeed()
-    assert steps_of(stage) == [12, 18]
+    assert steps_of(stage) == [12, 18, 20]
     alone, state = losses(stage), weights(stage)
     again_from(stage, 12)
     forge.start("train_wide.py", config, ranks=2).succeed()
@@ -150,7 +153,7 @@ def test_the_same_layout_continues_bit_for_bit(forge: Forge, tmp_path: Path) -> 
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(forge: Forge, tmp_path: Path) -> None:
-    config = write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"wide.checkpoint_every": 6}))
+    config = write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"wide.checkpoint_every": 6, "wide.checkpoint_keep": 3}))
     stage = tmp_path / "runs" / "bert" / "wide"
     forge.start("train_wide.py", config, ranks=2).succeed()
     alone, state = losses(stage), weights(stage)

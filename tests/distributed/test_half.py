@@ -43,7 +43,7 @@ def test_fp16_stays_near_fp32(stage: int, tmp_path: Path, forge: Forge, fp32: li
     # 11 bits of mantissa
     assert 0 < apart < 0.01
     assert {record["loss_scale"] for record in records(folder)} == {256}
-    assert {record["skipped"] for record in records(folder)} == {0}
+    assert {record["overflows"] for record in records(folder)} == {0}
     state = weights(folder)
     assert all(value.dtype == torch.float32 for value in state.values())
     assert all((value.half().float() != value).float().mean() > 0.5 for value in state.values() if value.dim() > 1)
@@ -53,7 +53,7 @@ def test_fp16_stays_near_fp32(stage: int, tmp_path: Path, forge: Forge, fp32: li
 def test_steps_that_overflow_are_left_out_and_counted(stage: int, tmp_path: Path, forge: Forge) -> None:
     folder = half(forge, tmp_path, stage, 24)
     told = records(folder)
-    skipped = [record["skipped"] for record in told]
+    skipped = [record["overflows"] for record in told]
     scales = [record["loss_scale"] for record in told]
     assert skipped == sorted(skipped) and 0 < skipped[-1] < 15, skipped
     # every step that was left out has halved the scale, and its gradient had no norm

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from tests.distributed.imitating import OUTER, SGD, Imitations, apart, losses_apart
-from tests.running import BERT, RESNET, Started, command, contents, environment, equal_bits, error_lines, start, steps_logged
+from tests.running import BERT, RESNET, Started, command, contents, environment, equal_bits, error_lines, reached, start, steps_logged
+from wtn_pretrain.again import AGAIN
 from wtn_pretrain.imitation.plan import Plan, Span, parse, write
-from wtn_pretrain.parallel.watch import CONTINUES, CULPRIT_EXIT
+from wtn_pretrain.parallel.watch import CONTINUES
 
 pytestmark = pytest.mark.slow
 
@@ -25,15 +26,6 @@ SPANS = {**LONG, "narrow.plan": "0-1,2-3"}
 ZERO_1 = {"narrow.deepspeed": "ds_configs/zero1.json"}
 REPLICAS = {**LONG, **ZERO_1, "narrow.plan": "0-3x2"}
 BOTTOM_UP = {**SGD, "narrow.schedule": "bottom_up", "narrow.steps": 60, "narrow.checkpoint_every": 20}
-
-
-def reached(started: Started, stage: Path, step: int) -> None:
-    """Waits until a stage has logged a step."""
-    deadline = time.monotonic() + 90
-    while max(steps_logged(stage), default=0) < step:
-        assert not started.ended(), started.stderr()[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def killed_at(imitations: Imitations, config: Path, step: int, ranks: int, *overrides: str) -> None:
@@ -70,7 +62,8 @@ def test_killed_ranks_continue_bitwise(name: str, imitations: Imitations) -> Non
     whole = imitations.on(2, base, changes)
     config = imitations.config(base, changes)
     killed_at(imitations, config, step, ranks=2)
-    continued(imitations.start(config, ranks=2), beyond=step - 25)
+    # what is surely written is the checkpoint before the newest
+    continued(imitations.start(config, ranks=2), beyond=step - 45)
     again = imitations.left(config)
     assert equal_bits(again.weights, whole.weights)
     assert losses_apart(again, whole) == 0
@@ -95,6 +88,35 @@ def test_a_checkpoint_continues_under_another_plan(first: str, then: Sequence[st
         assert max(loss, weight) <= 2e-4
 
 
+def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_used(imitations: Imitations) -> None:
+    changes = {**SPANS, **OUTER, "narrow.steps": 60, "narrow.checkpoint_keep": 9}
+    whole = imitations.on(2, BERT, changes)
+    config = imitations.config(BERT, changes)
+    shutil.copytree(whole.folder, imitations.stage(config), dirs_exist_ok=True)
+    checkpoints = imitations.stage(config) / "checkpoints"
+    # as after a kill behind the second checkpoint
+    (imitations.stage(config) / "done.json").unlink()
+    shutil.rmtree(checkpoints / "phase1-step30")
+    # what the second rank has written, which is what it looks at
+    part = checkpoints / "phase1-step10" / "part-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-9] ^= 1
+    part.write_bytes(content)
+    started = imitations.start(config, ranks=2)
+    continued(started, beyond=20)
+    (line,) = [line for line in started.stderr().splitlines() if "phase1-step10" in line]
+    assert line.endswith("part-00001.safetensors: is not as it was written; the checkpoint before it is used")
+    again = imitations.left(config)
+    assert equal_bits(again.weights, whole.weights)
+    assert losses_apart(again, whole) == 0
+    # the other rank's part of another checkpoint in its place: all ranks refuse together
+    (imitations.stage(config) / "done.json").unlink()
+    for folder in checkpoints.glob("phase*"):
+        shutil.copy(folder / "part-00000.safetensors", folder / "part-00001.safetensors")
+    line = refused(imitations.start(config, ranks=2), {}, config.parent)
+    assert "phase1-step30/part-00001.safetensors: " in line and "there is no other checkpoint: remove" in line
+
+
 def one_error(said: Sequence[str], words: str) -> None:
     """Of all that was said one line is an error, with these words."""
     errors = [line for line in said if line.startswith("error:")]
@@ -114,7 +136,7 @@ def test_a_killed_rank_is_named_and_the_run_continues(culprit: int, imitations: 
     started.kill(culprit)
     codes = started.codes()
     assert time.monotonic() - began < 10
-    assert codes[culprit] == -signal.SIGKILL and codes[1 - culprit] == CULPRIT_EXIT
+    assert codes[culprit] == -signal.SIGKILL and codes[1 - culprit] == AGAIN
     units = ("units 0-1", "units 2-3")[culprit]
     one_error(started.errors(), rf"rank {culprit} \({units}\) has died \(killed by SIGKILL\); {CONTINUES}")
     continued(imitations.start(config, ranks=2), beyond=20)
@@ -129,7 +151,7 @@ def test_a_stopped_rank_is_named(imitations: Imitations) -> None:
     started.kill(1, by=signal.SIGSTOP)
     codes = started.codes()
     assert time.monotonic() - began < 20
-    assert codes == [CULPRIT_EXIT, -signal.SIGKILL]
+    assert codes == [AGAIN, -signal.SIGKILL]
     one_error(started.errors(), r"rank 1 \(units 0-3, replica 2 of 2\) has been stopped for 5 s")
     started = imitations.start(config, ranks=2)
     continued(started, beyond=0)
@@ -143,7 +165,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_continues(imitations: Imitations
     began = time.monotonic()
     program = Path(__file__).with_name("stuck.py")
     started = imitations.forge.program(program, "--config", str(config), cwd=config.parent, ranks=2)
-    assert started.codes() == [CULPRIT_EXIT] * 2
+    assert started.codes() == [AGAIN] * 2
     assert time.monotonic() - began < 60
     (line,) = [line for line in started.errors() if line.startswith("error:")]
     assert re.match(r"error: rank 1 \(units 2-3\) hangs: no progress for 3 s at 'teacher 2' of step \d+, in ", line), line

@@ -20,6 +20,7 @@ from tests.running import (
     environment,
     equal_bits,
     losses,
+    reached,
     recipe,
     steps_logged,
     weights,
@@ -36,11 +37,7 @@ NARROW = {"narrow.steps": 120, "narrow.checkpoint_every": 100}
 
 def told_at(started: Started, stage: Path, step: int, *ranks: int, by: signal.Signals) -> list[int]:
     """Sends a signal once a stage has logged a step; the exit codes."""
-    deadline = time.monotonic() + 90
-    while max(steps_logged(stage), default=0) < step:
-        assert not started.ended(), started.stderr()[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    reached(started, stage, step)
     started.kill(*ranks, by=by)
     return started.codes()
 

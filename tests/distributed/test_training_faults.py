@@ -10,8 +10,9 @@ import pytest
 from torch import Tensor
 
 from tests.distributed.test_preemption import LONG
-from tests.running import BERT, Forge, equal_bits, losses, recipe, steps_logged, weights, write_recipe
-from wtn_pretrain.parallel.watch import CONTINUES, CULPRIT_EXIT
+from tests.running import BERT, Forge, equal_bits, losses, reached, recipe, weights, write_recipe
+from wtn_pretrain.again import AGAIN
+from wtn_pretrain.parallel.watch import CONTINUES
 
 pytestmark = pytest.mark.slow
 
@@ -46,17 +47,14 @@ def test_a_lost_rank_is_named(
     config = write_recipe(tmp_path / "recipe.yaml", recipe(BERT, EVERY))
     stage = tmp_path / "runs" / "bert" / "wide"
     started = forge.start("train_wide.py", config, ranks=2)
-    deadline = time.monotonic() + 90
-    while max(steps_logged(stage), default=0) < 40:
-        assert not started.ended() and time.monotonic() < deadline, started.stderr()[-4000:]
-        time.sleep(0.005)
+    reached(started, stage, 40)
     began = time.monotonic()
     started.kill(culprit, by=by)
     codes = started.codes()
     seconds = time.monotonic() - began
     print(f"rank {culprit}, {by.name}: {seconds:.1f} s")
     assert seconds < within
-    assert codes[1 - culprit] == CULPRIT_EXIT
+    assert codes[1 - culprit] == AGAIN
     (said,) = [line for line in started.errors() if line.startswith("error:")]
     assert re.fullmatch(rf"error: rank {culprit} {says}; {CONTINUES}", said), said
     assert "Traceback" not in started.stderr()
@@ -73,6 +71,6 @@ def test_a_batch_may_take_as_long_as_a_step(forge: Forge, tmp_path: Path) -> Non
     assert time.monotonic() - started.began > 5
     # but not longer
     again = forge.program(program, "--config", str(config), "--run.name=again", "--wide.patience=2", cwd=tmp_path, ranks=2)
-    assert set(again.codes()) == {CULPRIT_EXIT}
+    assert set(again.codes()) == {AGAIN}
     (said,) = [line for line in again.errors() if line.startswith("error:")]
     assert re.match(r"error: rank 1 hangs: no progress for \d+ s at 'data' of step 8, ", said), said

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.running import environment, free_port
-from wtn_pretrain.parallel.watch import CONTINUES, CULPRIT_EXIT, TERM_EXIT
+from wtn_pretrain.again import AGAIN
+from wtn_pretrain.parallel.watch import CONTINUES, TERM_EXIT
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +119,7 @@ def test_a_killed_rank_is_named_at_once(tmp_path: Path, runs: list[Run]) -> None
         assert run.said() < PATIENCE  # by its connection, not by its silence, and though a child of it lives on
     for culprit, run in enumerate(runs):
         ended = run.end()
-        assert ended.codes == [-signal.SIGKILL if rank == culprit else CULPRIT_EXIT for rank in range(RANKS)]
+        assert ended.codes == [-signal.SIGKILL if rank == culprit else AGAIN for rank in range(RANKS)]
         one_line(ended, re.escape(f"{NAMES[culprit]} has died (killed by SIGKILL)"))
         assert "Traceback" not in ended.stderr
 
@@ -130,7 +131,7 @@ def test_a_stopped_rank_is_named_when_patience_is_over(tmp_path: Path, runs: lis
     for culprit, run in enumerate(runs):
         ended = run.end()
         assert PATIENCE - 1 < ended.seconds < PATIENCE + SLACK
-        assert ended.codes == [-signal.SIGKILL if rank == culprit else CULPRIT_EXIT for rank in range(RANKS)]
+        assert ended.codes == [-signal.SIGKILL if rank == culprit else AGAIN for rank in range(RANKS)]
         one_line(ended, re.escape(f"{NAMES[culprit]} has been stopped for 2 s (process ") + r"\d+, SIGSTOP\)")
 
 
@@ -144,7 +145,7 @@ def test_the_one_that_hangs_is_named_and_not_those_that_wait(tmp_path: Path, run
     ]
     sleep, spin, slow, abandon = (run.end() for run in runs)
     for ended in (sleep, spin, slow, abandon):
-        assert ended.codes == [CULPRIT_EXIT] * RANKS
+        assert ended.codes == [AGAIN] * RANKS
     hangs = r" hangs: no progress for 2 s at 'teacher' of step 15, in misbehave \(watched.py:\d+\)"
     one_line(sleep, re.escape(NAMES[0]) + hangs)
     assert sleep.stderr.count("(most recent call first)") == 2 and "in misbehave" in sleep.stderr  # the two threads of one rank
@@ -173,7 +174,7 @@ def test_ranks_that_fail_by_themselves(tmp_path: Path, runs: list[Run]) -> None:
 def test_a_rank_that_leaves_without_a_word(tmp_path: Path, runs: list[Run]) -> None:
     runs.append(Run(tmp_path, "--how", "leave", "--culprit", 1))
     ended = runs[0].end()
-    assert ended.codes == [CULPRIT_EXIT, 3, CULPRIT_EXIT]
+    assert ended.codes == [AGAIN, 3, AGAIN]
     one_line(ended, re.escape(f"{NAMES[1]} has died (ended with exit code 3)"))
 
 

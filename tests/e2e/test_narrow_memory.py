@@ -245,7 +245,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, str(ROOT / "scripts" / script), "--config", str(config), "--dry-run"],
             cwd=tmp_path,
-            env={**environment(), "WORLD_SIZE": "2", "RANK": "0"},
+            env={**environment(), "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             capture_output=True,
             text=True,
             check=True,

@@ -89,8 +89,8 @@ def interrupted(folder: Path, script: str, stage: str, case: Case, finished: Pat
     # the last start did continue: the first step it tells of lies beyond a checkpoint that surely was written
     told = re.search(rf"^{stage} (\d+)/", again.stderr, re.MULTILINE)
     assert told is not None
-    # a training stage writes while it goes on: what surely was written is the checkpoint before the newest
-    surely = (reached - 1) // case.every - (0 if stage == "narrow" else 1)
+    # a stage writes while it goes on: what surely was written is the checkpoint before the newest
+    surely = (reached - 1) // case.every - 1
     assert surely * case.every < int(told[1]) <= reached + 1
     assert losses(runs / KILLED / stage) == losses(runs / ALONE / stage)
     assert [r.get("units") for r in records(runs / KILLED / stage)] == [r.get("units") for r in records(runs / ALONE / stage)]

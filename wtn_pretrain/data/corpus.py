@@ -7,17 +7,23 @@ import lzma
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from wtn_pretrain.data.faults import Faults, Policy
 from wtn_pretrain.data.tables import check_column, open_tables, training_table, validation_table
 from wtn_pretrain.errors import UserError
 
 _BLOCK_CHARACTERS = 4096
 _OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+def text_faults(policy: Policy = "stop") -> Faults:
+    """What becomes of text that cannot be read."""
+    return Faults(policy, "data.faults: skip")
 
 
 class Corpus(Protocol):
@@ -59,15 +65,18 @@ class TextFiles:
     is a document and a blank line ends a paragraph."""
 
     files: tuple[Path, ...]
+    faults: Faults = field(default_factory=text_faults, compare=False)
+    """What the last reading could not read: lines, or the rest of a file."""
 
     def paragraphs(self) -> Iterator[str | None]:
+        self.faults.forget()
         for file in self.files:
-            empty = True
-            for paragraph in _file_paragraphs(file):
+            empty, before = True, sum(self.faults.counts.values())
+            for paragraph in _file_paragraphs(file, self.faults):
                 empty = empty and paragraph is None
                 yield paragraph
-            if empty:
-                raise UserError(f"{file}: holds no text; remove it or take it out of data.paths")
+            if empty and sum(self.faults.counts.values()) == before:
+                self.faults.report("empty file", str(file), "holds no text", "remove it or take it out of data.paths")
             yield None
 
     def fingerprint(self) -> list[str]:
@@ -82,17 +91,19 @@ class TableText:
     table: Any  # datasets.Dataset
     column: str
     origin: str
+    faults: Faults = field(default_factory=text_faults, compare=False)
+    """Rows without text in the last reading."""
 
     def paragraphs(self) -> Iterator[str | None]:
+        self.faults.forget()
         empty = True
         row = 0
         for batch in self.table.select_columns([self.column]).iter(batch_size=1000):
             for text in batch[self.column]:
                 if not isinstance(text, str):
-                    raise UserError(
-                        f"{self.origin}: row {row} of column {self.column} holds {type(text).__name__}, not text; set data.column"
-                    )
-                for paragraph in text.split("\n\n"):
+                    what = f"row {row} of column {self.column} holds {type(text).__name__}, not text"
+                    self.faults.report("no text", self.origin, what, "set data.column")
+                for paragraph in text.split("\n\n") if isinstance(text, str) else ():
                     if paragraph.strip():
                         empty = False
                         yield paragraph
@@ -125,14 +136,15 @@ def find_text_files(paths: Iterable[str], exclude: Iterable[Path] = ()) -> tuple
     return tuple(found)
 
 
-def open_text_tables(path: str, column: str) -> tuple[TableText, TableText | None]:
-    """Training text and, where the source has a split for it, validation text of a `datasets` source."""
+def open_text_tables(path: str, column: str, policy: Policy = "stop") -> tuple[TableText, TableText | None]:
+    """Training text and, where the source has a split for it, validation text of a `datasets` source; `policy` for rows without text."""
     tables = open_tables(path)
     train, valid = training_table(tables, path), validation_table(tables)
     for table in (train, valid):
         if table is not None:
             check_column(table, column, "data.column", path)
-    return TableText(train, column, path), None if valid is None else TableText(valid, column, f"{path}, validation split")
+    held_out = None if valid is None else TableText(valid, column, f"{path}, validation split", text_faults(policy))
+    return TableText(train, column, path, text_faults(policy)), held_out
 
 
 def blocks(corpus: Corpus, limit: int | None = None) -> Iterator[str]:
@@ -177,10 +189,10 @@ def validation_threshold(text: Iterable[str], fraction: float) -> int:
     return int(unique[min(needed, len(unique) - 2)])
 
 
-def _file_paragraphs(file: Path) -> Iterator[str | None]:
+def _file_paragraphs(file: Path, faults: Faults) -> Iterator[str | None]:
     held: list[str] = []
     inside = False
-    for line in _lines(file):
+    for line in _lines(file, faults):
         text = line.strip()
         boundary = text.startswith("<doc ") or text == "</doc>"
         if held and (boundary or inside or not text):
@@ -195,20 +207,20 @@ def _file_paragraphs(file: Path) -> Iterator[str | None]:
         yield "\n".join(held)
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, faults: Faults) -> Iterator[str]:
     position = 0
     try:
         with _OPENERS.get(file.suffix, open)(file, "rb") as stream:
             for line in stream:
+                start, position = position, position + len(line)
                 if b"\0" in line:
-                    raise UserError(
-                        f"{file}: not a text file (zero byte at position {position + line.index(0)}); take it out of data.paths"
-                    )
-                yield line.decode("utf-8-sig" if position == 0 else "utf-8")
-                position += len(line)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not UTF-8 text (byte at position {position + error.start}); convert it or take it out of data.paths"
-        ) from None
+                    what = f"not a text file (zero byte at position {start + line.index(0)})"
+                    faults.report("NUL byte", str(file), what, "take it out of data.paths")
+                    continue
+                try:
+                    yield line.decode("utf-8-sig" if start == 0 else "utf-8")
+                except UnicodeDecodeError as error:
+                    what = f"not UTF-8 text (byte at position {start + error.start})"
+                    faults.report("invalid UTF-8", str(file), what, "convert it or take it out of data.paths")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read ({error}); fetch the file again") from None
+        faults.report("unreadable file", str(file), f"cannot be read ({error})", "fetch the file again")

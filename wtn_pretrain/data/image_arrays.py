@@ -1,18 +1,23 @@
 """Image sets that fit into memory: scikit-learn's digits, IDX files (MNIST and its kin), CIFAR-10's binary version."""
 
 import gzip
+import math
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from wtn_pretrain.data.augment import Augment
+from wtn_pretrain.data.faults import Faults
+from wtn_pretrain.data.prepare.streams import expands_too_far
 from wtn_pretrain.errors import UserError
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR_ROW = 1 + 3 * 32 * 32
+_IDX_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,30 +82,32 @@ def read_idx(folder: Path) -> tuple[Arrays, Arrays | None]:
     return train, valid
 
 
-def read_cifar(folder: Path) -> tuple[Arrays, Arrays | None]:
+def read_cifar(folder: Path, faults: Faults) -> tuple[Arrays, Arrays | None]:
     """Training and, where there is any, test images of CIFAR-10's binary version: rows of a label and 3,072 planar bytes."""
     folder = folder / "cifar-10-batches-bin" if (folder / "cifar-10-batches-bin").is_dir() else folder
     files = sorted(folder.glob("data_batch_*.bin"))
     if not files:
         raise UserError(f"{folder}: no data_batch_*.bin; data.path takes the folder of CIFAR-10's binary version")
-    parts = [_read_cifar_file(file) for file in files]
+    parts = [_read_cifar_file(file, faults) for file in files]
     train = Arrays(
         np.concatenate([part.pixels for part in parts]), np.concatenate([part.labels for part in parts]), str(folder / "data_batch_*.bin")
     )
     test = folder / "test_batch.bin"
-    return train, _read_cifar_file(test) if test.exists() else None
+    return train, _read_cifar_file(test, faults) if test.exists() else None
 
 
-def _read_cifar_file(file: Path) -> Arrays:
+def _read_cifar_file(file: Path, faults: Faults) -> Arrays:
     content = np.fromfile(file, np.uint8)
     if len(content) == 0 or len(content) % _CIFAR_ROW:
         raise UserError(f"{file}: {len(content)} bytes are no whole number of {_CIFAR_ROW}-byte rows; fetch the file again")
     rows = content.reshape(-1, _CIFAR_ROW)
     labels = rows[:, 0].astype(np.int64)
-    wrong = np.flatnonzero(labels >= len(CIFAR_CLASSES))
-    if len(wrong):
-        raise UserError(f"{file}: label {labels[wrong[0]]} at index {wrong[0]} is outside 0..9; give CIFAR-10's binary version")
-    return Arrays(rows[:, 1:].reshape(-1, 3, 32, 32), labels, str(file))
+    known = labels < len(CIFAR_CLASSES)
+    for index in np.flatnonzero(~known):
+        faults.report(
+            "unknown label", str(file), f"label {labels[index]} at index {index} is outside 0..9", "give CIFAR-10's binary version"
+        )
+    return Arrays(rows[known, 1:].reshape(-1, 3, 32, 32), labels[known], str(file))
 
 
 def _read_idx_split(folder: Path, names: tuple[str, ...]) -> Arrays | None:
@@ -132,19 +139,32 @@ def _find_idx(folder: Path, names: tuple[str, ...], kind: str) -> Path | None:
 
 def _read_idx_file(file: Path) -> np.ndarray:
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            return _idx_array(stream, file)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read ({error}); fetch the file again") from None
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
+
+
+def _idx_array(stream: Any, file: Path) -> np.ndarray:
+    """Reads as much as the header promises, and a byte more, never what else a small archive may hold."""
+    head = stream.read(4)
+    if len(head) < 4 or head[:3] != b"\0\0\x08":
+        raise UserError(f"{file}: not an IDX file of unsigned bytes (it starts with {head.hex(' ') or 'nothing'}); fetch the file again")
+    sides = stream.read(4 * head[3])
+    shape = np.frombuffer(sides.ljust(4 * head[3], b"\0"), ">u4").tolist()
+    start, size = 4 + len(sides), math.prod(shape)
+    packed = file.stat().st_size
+    if file.suffix == ".gz" and expands_too_far(packed, size):
         raise UserError(
-            f"{file}: not an IDX file of unsigned bytes (it starts with {content[:4].hex(' ') or 'nothing'}); fetch the file again"
+            f"{file}: {packed} bytes whose header (shape {shape}) promises {size}, as a decompression bomb does; fetch the file again"
         )
-    start = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:start].ljust(start - 4, b"\0"), ">u4").astype(np.int64)
-    expected = start + int(np.prod(shape))
-    if len(content) != expected:
-        raise UserError(f"{file}: {len(content)} bytes where its header (shape {shape.tolist()}) promises {expected}; fetch the file again")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    content = bytearray()
+    while len(content) <= size and (some := stream.read(min(_IDX_AT_ONCE, size + 1 - len(content)))):
+        content += some
+    if len(content) != size or len(sides) < 4 * head[3]:
+        found = f"more than {start + size}" if len(content) > size else str(start + len(content))
+        raise UserError(f"{file}: {found} bytes where its header (shape {shape}) promises {4 + 4 * head[3] + size}; fetch the file again")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _extent(pixels: np.ndarray) -> str:

@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -19,6 +20,7 @@ from wtn_pretrain.files import write_beside
 
 _FORMAT = 1
 _CARD = "card.json"
+_Found = TypeVar("_Found")
 
 
 def cached(pixels: DecodedPixels, labels: np.ndarray, folder: Path, faults: Faults) -> tuple[ArrayPixels, np.ndarray]:
@@ -55,7 +57,7 @@ def _decode(pixels: DecodedPixels, labels: np.ndarray, folder: Path, faults: Fau
     place = folder / f"pixels.{os.getpid()}.partial"
     try:
         with place.open("wb") as file:
-            for index, found in enumerate(_in_order(one, len(labels))):
+            for index, found in enumerate(in_order(one, len(labels))):
                 if isinstance(found, UserError):
                     faults.report("undecodable image", pixels.images.name(index), str(found).split(": ", 1)[-1].split("; ")[0])
                     continue
@@ -75,24 +77,26 @@ def _save(path: Path, values: np.ndarray) -> None:
         np.save(file, values)
 
 
-def _in_order(one: object, count: int) -> Iterator[np.ndarray | UserError]:
+def in_order(one: Callable[[int], _Found], count: int) -> Iterator[_Found]:
+    """What `one` gives for 0 .. count - 1, found by threads on all cores."""
     # decoders release the interpreter's lock; a few hundred images at a time bound the memory
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
         for first in range(0, count, 256):
-            yield from pool.map(one, range(first, min(first + 256, count)))  # type: ignore[arg-type]
+            yield from pool.map(one, range(first, min(first + 256, count)))
 
 
 def _key(pixels: DecodedPixels, labels: np.ndarray) -> str:
     digest = xxhash.xxh3_128(f"{_FORMAT} {pixels.channels} {pixels.size} {pixels.crop_fraction} ".encode())
     digest.update(labels.tobytes())
-    _identify(pixels.images, digest)
+    identify(pixels.images, digest)
     return digest.hexdigest()
 
 
-def _identify(images: Encoded, digest: xxhash.xxh3_128) -> None:
+def identify(images: Encoded, digest: xxhash.xxh3_128) -> None:
+    """Adds to `digest` what changes when the images do: names, sizes and times of writing."""
     if isinstance(images, Subset):
         digest.update(np.ascontiguousarray(images.indices).tobytes())
-        _identify(images.images, digest)
+        identify(images.images, digest)
     elif isinstance(images, FileImages):
         digest.update(images.names.tobytes())
         for index in range(len(images)):

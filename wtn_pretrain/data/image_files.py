@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from wtn_pretrain.data.augment import Augment, centre_box, crop_draws, random_box
+from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.errors import UserError
 
 _MOST_PIXELS = 1 << 26
@@ -109,7 +110,7 @@ class DecodedPixels:
         out = np.empty((len(indices), self.size, self.size, self.channels), np.uint8)
         for row, index in enumerate(indices):
             view = partial(self._view, draws=None if draws is None else draws[row])
-            out[row] = _attempt(self.images, index, view)
+            out[row] = attempt(self.images, index, view)
         return out.transpose(0, 3, 1, 2)
 
     def _view(self, image: Image.Image, draws: np.ndarray | None) -> np.ndarray:
@@ -143,7 +144,7 @@ def native_size(images: Encoded) -> int:
     """The side in pixels that all images share; a UserError names the first that is not square or of another size."""
     side: int | None = None
     for index in range(len(images)):
-        width, height = _attempt(images, index, lambda image: image.size)
+        width, height = attempt(images, index, lambda image: image.size)
         side = side or width
         if (width, height) != (side, side):
             raise UserError(
@@ -153,14 +154,20 @@ def native_size(images: Encoded) -> int:
     return side
 
 
-def native_channels(images: Encoded) -> int:
-    """1 where a sample of up to 64 images is grey throughout, else 3."""
+def native_channels(images: Encoded, skip: bool = False) -> int:
+    """1 where a sample of up to 64 images is grey throughout, else 3; with `skip` those that cannot be read have no say."""
     sample = np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64))
-    grey = all(_attempt(images, int(index), lambda image: image.mode in ("1", "L", "LA") or image.mode.startswith("I")) for index in sample)
-    return 1 if grey else 3
+    for index in sample:
+        try:
+            if not attempt(images, int(index), lambda image: image.mode in ("1", "L", "LA") or image.mode.startswith("I")):
+                return 3
+        except UserError:
+            if not skip:
+                raise
+    return 1
 
 
-def read_folder(root: Path) -> tuple[FileImages, np.ndarray, FileImages | None, np.ndarray | None, tuple[str, ...]]:
+def read_folder(root: Path, faults: Faults) -> tuple[FileImages, np.ndarray, FileImages | None, np.ndarray | None, tuple[str, ...]]:
     """Class folders under root/train and root/valid (or val, validation, test): training images and labels int64 [N], those of
     validation or None, and the class names in order."""
     if not (root / "train").is_dir():
@@ -172,12 +179,13 @@ def read_folder(root: Path) -> tuple[FileImages, np.ndarray, FileImages | None, 
     held_out = next((root / name for name in ("valid", "val", "validation", "test") if (root / name).is_dir()), None)
     if held_out is None:
         return train, labels, None, None, classes
-    unknown = [name for name in _class_folders(held_out) if name not in classes]
-    if unknown:
-        raise UserError(
-            f"{held_out / unknown[0]}: class {unknown[0]} is not among the {len(classes)} of {root / 'train'}; remove or rename the folder"
-        )
-    valid, valid_labels = _list_images(held_out, _class_folders(held_out), classes)
+    there = _class_folders(held_out)
+    for name in (name for name in there if name not in classes):
+        what = f"class {name} is not among the {len(classes)} of {root / 'train'}"
+        # each of its images counts
+        for _ in _names_below(held_out, name) or [b""]:
+            faults.report("unknown label", str(held_out / name), what, "remove or rename the folder")
+    valid, valid_labels = _list_images(held_out, tuple(name for name in there if name in classes), classes)
     if not len(valid):
         raise UserError(f"{held_out}: no images; fill it or remove it (data.valid_fraction then splits train)")
     return train, labels, valid, valid_labels, classes
@@ -192,12 +200,7 @@ def _list_images(root: Path, folders: tuple[str, ...], classes: tuple[str, ...] 
     names: list[bytes] = []
     labels: list[int] = []
     for folder in folders:
-        found = sorted(
-            os.fsencode(os.path.relpath(os.path.join(place, file), root))
-            for place, _, files in os.walk(root / folder)
-            for file in files
-            if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")
-        )
+        found = _names_below(root, folder)
         if not found:
             raise UserError(f"{root / folder}: no images ({', '.join(sorted(SUFFIXES))}); fill the class folder or remove it")
         names += found
@@ -205,7 +208,17 @@ def _list_images(root: Path, folders: tuple[str, ...], classes: tuple[str, ...] 
     return FileImages(root, np.array(names)), np.array(labels, np.int64)
 
 
-def _attempt(images: Encoded, index: int, use: Callable[[Image.Image], Any]) -> Any:
+def _names_below(root: Path, folder: str) -> list[bytes]:
+    return sorted(
+        os.fsencode(os.path.relpath(os.path.join(place, file), root))
+        for place, _, files in os.walk(root / folder)
+        for file in files
+        if os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith(".")
+    )
+
+
+def attempt(images: Encoded, index: int, use: Callable[[Image.Image], Any]) -> Any:
+    """What `use` makes of an image that is not decoded yet. Raises a UserError that names the image if it cannot."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a refusal follows

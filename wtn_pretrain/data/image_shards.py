@@ -1,12 +1,14 @@
 """Images in tar files, read where they lie: WebDataset's layout, or class folders in a tar.
 
-A sample is the members whose names are alike up to the first dot of the last part: an image, and its label in `.cls` (a number or a
-name) or in `.json` under "label" or "cls". Where no sample of the first shard has one, the folder that an image lies in is its class.
+A sample is the members whose names are alike up to the first dot of the last part: an image, whose suffix is all that follows, and its
+label in `.cls` (a number or a name) or in `.json` under "label" or "cls". Further members, such as `000.mask.png` beside `000.png`, are
+not looked at. Where no sample of the first shard has a label, each image is a sample and the folder that it lies in is its class.
 """
 
 import io
 import json
 import os
+import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +21,7 @@ from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.image_files import SUFFIXES
 from wtn_pretrain.errors import UserError
 
-_HELD_OUT = ("valid", "val", "test")
+_HELD_OUT = re.compile(r"(valid|val|validation|test)(?=$|[\d._-])")
 _LABELS = (".cls", ".json")
 _LARGEST_LABEL = 1 << 20
 
@@ -59,8 +61,9 @@ def read_shards(
 ) -> tuple[TarImages, np.ndarray, TarImages | None, np.ndarray | None, tuple[str, ...]]:
     """Training images and labels int64 [N] of the tar files below `root`, those of validation or None, and the class names in order.
 
-    Validation shards are those whose names, or whose folders' names, begin with valid, val or test. `root`/classes.txt, one name a
-    line, says the classes; else they are the names in training, or where labels are numbers as many as `classes` or the largest say.
+    Validation shards are those whose names, or whose folders' names, are valid, val, validation or test up to a digit, -, _ or a dot;
+    where there are both, those of test are left out. `root`/classes.txt, one name a line, says the classes; else they are the names in
+    training, or where labels are numbers as many as `classes` or the largest say.
     """
     shards = sorted(root.rglob("*.tar"))
     if not shards:
@@ -71,9 +74,9 @@ def read_shards(
             else "data.path takes the folder of the shards"
         )
         raise UserError(f"{root}: no .tar files below it; {remedy}")
-    held_out = [any(part.startswith(_HELD_OUT) for part in shard.relative_to(root).parts) for shard in shards]
-    train = [shard for shard, held in zip(shards, held_out, strict=True) if not held]
-    valid = [shard for shard, held in zip(shards, held_out, strict=True) if held]
+    train, valid = _parted(shards, [next(filter(None, map(_held_out, shard.relative_to(root).parts)), None) for shard in shards])
+    if not train:
+        raise UserError(f"{root}: all of its shards are named as validation ones; name those to train on otherwise, such as train-000.tar")
     # shards may hold both, in folders of their own
     samples, others = _divided(_samples(train, faults)), _samples(valid, faults)
     if not samples[0]:
@@ -85,26 +88,68 @@ def read_shards(
     return *found, *(held if len(held[0]) else (None, None)), names
 
 
+class _Scan(NamedTuple):
+    """What a shard holds that matters here, in its order."""
+
+    images: list[tuple[str, int, int]]
+    """Name, first byte and size of each image."""
+    labels: dict[str, Any]
+    """By sample."""
+
+
+def _held_out(name: str) -> str | None:
+    """Which split a name says that something belongs to: valid, test, or None for training."""
+    found = _HELD_OUT.match(name)
+    return None if found is None else "test" if found[1] == "test" else "valid"
+
+
+def _parted(items: list[Any], splits: list[str | None]) -> tuple[list[Any], list[Any]]:
+    """The items of training and those of validation; of test only where there are none of valid."""
+    chosen = "valid" if "valid" in splits else "test"
+    return tuple([item for item, split in zip(items, splits, strict=True) if split == wanted] for wanted in (None, chosen))  # type: ignore[return-value]
+
+
 def _samples(shards: list[Path], faults: Faults) -> list[_Sample]:
     found: list[_Sample] = []
     by_folder: bool | None = None
     for number, shard in enumerate(shards):
-        images, labels = _scan(shard, faults)
-        if by_folder is None and images:
-            by_folder = not labels
-        for key, (name, offset, size) in images.items():
-            label = PurePosixPath(name).parent.name or None if by_folder else labels.get(key)
-            if label is None:
+        scan = _scan(shard, faults)
+        if by_folder is None and scan.images:
+            by_folder = not any(_key(name)[0] in scan.labels for name, _, _ in scan.images)
+        here: dict[str, _Sample] = {}
+        others: dict[str, str] = {}
+        for name, offset, size in scan.images:
+            key, suffix = _key(name)
+            if by_folder:
+                key = name
+            elif suffix not in SUFFIXES:
+                # 000.mask.png is something else of sample 000
+                others.setdefault(key, name)
+                continue
+            label = PurePosixPath(name).parent.name or None if by_folder else scan.labels.get(key)
+            if key in here:
+                what = f"is a second image of one sample, beside {here[key].name}" if not by_folder else "is there twice"
+                faults.report("second image of a sample", f"{shard}, {name}", what)
+            elif label is None:
                 faults.report("image without label", f"{shard}, {name}", "has no label (.cls or .json of the same name)")
             else:
-                found.append(_Sample(number, name, offset, size, label))
+                here[key] = _Sample(number, name, offset, size, label)
+        for key, name in others.items():
+            if key in scan.labels and key not in here:
+                faults.report("label without image", f"{shard}, {name}", f"sample {key} has a label and no image of its own name")
+        found += here.values()
     return found
 
 
-def _scan(shard: Path, faults: Faults) -> tuple[dict[str, tuple[str, int, int]], dict[str, Any]]:
-    """Images (name, first byte, size) and labels of a shard, by sample."""
-    images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, Any] = {}
+def _key(name: str) -> tuple[str, str]:
+    """The sample of a member, and what follows its first dot: lower case, with the dot."""
+    path = PurePosixPath(name)
+    stem, dot, rest = path.name.partition(".")
+    return str(path.parent / stem), (dot + rest).lower()
+
+
+def _scan(shard: Path, faults: Faults) -> _Scan:
+    found = _Scan([], {})
     end = shard.stat().st_size
     position = 0
     try:
@@ -124,21 +169,22 @@ def _scan(shard: Path, faults: Faults) -> tuple[dict[str, tuple[str, int, int]],
                 if member.offset_data + member.size > end:
                     faults.report("truncated archive", f"{where}, byte {position}", "is cut off; the archive is truncated")
                     break
-                suffix = path.suffix.lower()
-                key = str(path.parent / path.name.split(".")[0])
-                if suffix in SUFFIXES:
-                    images[key] = member.name, member.offset_data, member.size
-                elif suffix in _LABELS and suffix == path.name[path.name.index(".") :].lower():
-                    label = _label(os.pread(file.fileno(), min(member.size, _LARGEST_LABEL), member.offset_data), suffix)
+                if path.name.startswith("."):
+                    continue  # what macOS and editors leave behind
+                key, rest = _key(member.name)
+                if path.suffix.lower() in SUFFIXES:
+                    found.images.append((member.name, member.offset_data, member.size))
+                elif rest in _LABELS:
+                    label = _label(os.pread(file.fileno(), min(member.size, _LARGEST_LABEL), member.offset_data), rest)
                     if label is not None:
-                        labels[key] = label
+                        found.labels[key] = label
             else:
                 # where members end, an archive that is whole has blocks of zeros
                 if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
                     faults.report("truncated archive", f"{shard}, byte {archive.offset}", "has no end; the archive is truncated")
     except (tarfile.TarError, OSError, EOFError) as error:
         faults.report("truncated archive", f"{shard}, after byte {position}", f"cannot be read on ({error})")
-    return images, labels
+    return found
 
 
 def _label(raw: bytes, suffix: str) -> int | str | None:
@@ -155,11 +201,8 @@ def _label(raw: bytes, suffix: str) -> int | str | None:
 
 def _divided(samples: list[_Sample]) -> tuple[list[_Sample], list[_Sample]]:
     """Samples of training and of validation, by the first folder of their names."""
-    held = [sample for sample in samples if "/" in sample.name and PurePosixPath(sample.name).parts[0].startswith(_HELD_OUT)]
-    if not held or len(held) == len(samples):
-        return samples, []
-    inside = {id(sample) for sample in held}
-    return [sample for sample in samples if id(sample) not in inside], held
+    train, valid = _parted(samples, [_held_out(PurePosixPath(sample.name).parts[0]) if "/" in sample.name else None for sample in samples])
+    return (train, valid) if train else (samples, [])
 
 
 def _class_names(root: Path, samples: list[_Sample], classes: int | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from wtn_pretrain.data.hashing import permutation
 from wtn_pretrain.data.image_arrays import CIFAR_CLASSES, ArrayPixels, Arrays, read_cifar, read_digits, read_idx, with_channels
 from wtn_pretrain.data.image_cache import cached
 from wtn_pretrain.data.image_files import DecodedPixels, Encoded, Subset, TableImages
+from wtn_pretrain.data.image_scan import readable
 from wtn_pretrain.data.image_shards import read_shards
 from wtn_pretrain.data.mixing import mix, partners
 from wtn_pretrain.data.rand_augment import rand_augment
@@ -43,8 +44,9 @@ class ImageData(Section):
     """Folder to keep decoded pixels in, for sets that fit on the disk at `size`: later epochs and runs decode nothing; sources folder,
     datasets and tar, with size. Null decodes anew each time."""
     faults: Policy = "stop"
-    """What to do about what cannot be read in tar files, and about images that cannot be decoded into `cache`: stop, or skip and count
-    them (the count is printed and stands in the cache's card.json)."""
+    """What to do about images that cannot be decoded, labels outside the classes and what cannot be read in tar files: stop, or skip and
+    count them. Skipping decodes every image once before the first start, into `cache` or, without one, to see which can be; the count is
+    printed and stands in card.json there or in the run's folder."""
     size: int | None = Field(default=None, ge=1)
     """Side in pixels to crop and resize to; null keeps the native size, which all images must then share."""
     channels: Literal[1, 3] | None = None
@@ -108,6 +110,10 @@ class ImageData(Section):
         if any(side < 1 for _, side in self.sizes):
             raise UserError(f"sizes has the sides {[side for _, side in self.sizes]}; each must be at least 1 pixel")
         return self
+
+
+_Found = tuple[Encoded, np.ndarray, Encoded | None, np.ndarray | None, tuple[str, ...]]
+"""Images and labels of training, those of validation or None, and the names of the classes."""
 
 
 class Pixels(Protocol):
@@ -185,41 +191,41 @@ class ImageSplits:
     std: tuple[float, ...]
 
 
-def open_images(config: ImageData) -> ImageSplits:
-    """The splits that `config` describes. Raises a UserError for what is missing, corrupt or does not fit together."""
-    splits = _open(config)
+def open_images(config: ImageData, cache: Path | None = None) -> ImageSplits:
+    """The splits that `config` describes. Raises a UserError for what is missing, corrupt or does not fit together.
+
+    Args:
+        cache: folder that all ranks share, for the card that says which images were skipped; all ranks must then call this.
+    """
+    faults = Faults(config.faults, "data.faults: skip")
+    splits = _open(config, cache, faults)
+    tell_skipped(faults, config.path or config.source)
     if config.classes is not None and config.classes != len(splits.classes):
         raise UserError(f"data.classes {config.classes}: the source has {len(splits.classes)} named classes; leave the setting out")
     return splits
 
 
-def _open(config: ImageData) -> ImageSplits:
+def _open(config: ImageData, cache: Path | None, faults: Faults) -> ImageSplits:
     if config.source == "digits":
-        return _array_splits(config, read_digits(), None, tuple(str(digit) for digit in range(10)))
+        return _array_splits(config, read_digits(), None, tuple(str(digit) for digit in range(10)), faults)
     assert config.path is not None
     if config.source == "datasets":
-        return _table_splits(config, config.path)
+        return _decoded_splits(config, *_table_splits(config, config.path, faults), cache, faults)
     root = Path(config.path)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set data.path to the folder of the images")
     if config.source == "idx":
-        return _array_splits(config, *read_idx(root), None)
+        return _array_splits(config, *read_idx(root), None, faults)
     if config.source == "cifar":
-        return _array_splits(config, *read_cifar(root), CIFAR_CLASSES)
-    if config.source == "tar":
-        faults = _faults(config)
-        found = read_shards(root, config.classes, faults)
-        tell_skipped(faults, str(root))
-        return _decoded_splits(config, *found)
-    train, labels, valid, valid_labels, classes = image_files.read_folder(root)
-    return _decoded_splits(config, train, labels, valid, valid_labels, classes)
+        return _array_splits(config, *read_cifar(root, faults), CIFAR_CLASSES, faults)
+    found: _Found = read_shards(root, config.classes, faults) if config.source == "tar" else image_files.read_folder(root, faults)
+    return _decoded_splits(config, *found, cache, faults)
 
 
-def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classes: tuple[str, ...] | None) -> ImageSplits:
+def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classes: tuple[str, ...] | None, faults: Faults) -> ImageSplits:
     count = len(classes) if classes else config.classes or int(train.labels.max()) + 1
-    for part in (train, valid):
-        if part is not None:
-            _check_labels(part.labels, count, part.origin)
+    train = _with_known_labels(train, count, faults)
+    valid = valid and _with_known_labels(valid, count, faults)
     native = train.pixels.shape[1:]
     if config.size is None and native[1] != native[2]:
         raise UserError(f"{train.origin}: images of {native[1]} x {native[2]} pixels are not square; set data.size")
@@ -243,21 +249,26 @@ def _array_splits(config: ImageData, train: Arrays, valid: Arrays | None, classe
     )
 
 
-def _table_splits(config: ImageData, path: str) -> ImageSplits:
+def _with_known_labels(part: Arrays, count: int, faults: Faults) -> Arrays:
+    kept = _known_labels(part.labels, count, part.origin, faults)
+    return part if len(kept) == len(part.labels) else replace(part, pixels=part.pixels[kept], labels=part.labels[kept])
+
+
+def _table_splits(config: ImageData, path: str, faults: Faults) -> _Found:
     tables = open_tables(path)
     train_table, valid_table = training_table(tables, path), validation_table(tables)
     feature = train_table.features.get(config.label_column)
     names: tuple[str, ...] | None = tuple(feature.names) if getattr(feature, "names", None) else None
-    train, labels, names = _table_split(config, train_table, names, f"{path}, split train")
+    train, labels, names = _table_split(config, train_table, names, f"{path}, split train", faults)
     if valid_table is None:
-        return _decoded_splits(config, train, labels, None, None, names)
-    valid, valid_labels, _ = _table_split(config, valid_table, names, f"{path}, validation split")
-    return _decoded_splits(config, train, labels, valid, valid_labels, names)
+        return train, labels, None, None, names
+    valid, valid_labels, _ = _table_split(config, valid_table, names, f"{path}, validation split", faults)
+    return train, labels, valid, valid_labels, names
 
 
 def _table_split(
-    config: ImageData, table: Any, names: tuple[str, ...] | None, origin: str
-) -> tuple[TableImages, np.ndarray, tuple[str, ...]]:
+    config: ImageData, table: Any, names: tuple[str, ...] | None, origin: str, faults: Faults
+) -> tuple[Encoded, np.ndarray, tuple[str, ...]]:
     import datasets
 
     check_column(table, config.image_column, "data.image_column", origin)
@@ -269,30 +280,45 @@ def _table_split(
         raise UserError(
             f"{origin}: column {config.image_column} holds no images ({str(error).splitlines()[0]}); set data.image_column"
         ) from None
-    if all(isinstance(value, str) for value in values):
-        names = names or tuple(sorted(set(values)))
-        unknown = next((row for row, value in enumerate(values) if value not in names), None)
-        if unknown is not None:
-            raise UserError(
-                f"{origin}: label {values[unknown]!r} at row {unknown} is not among the {len(names)} of training; remove the row"
-            )
-        labels = np.array([names.index(value) for value in values], np.int64)
+    kind = str if any(isinstance(value, str) for value in values) else int
+    rows = [row for row, value in enumerate(values) if isinstance(value, kind)]
+    for row in sorted(set(range(len(values))).difference(rows)):
+        what = f"label {values[row]!r} at row {row} is neither an integer nor, in every row, a name"
+        faults.report("unknown label", origin, what, "set data.label_column")
+    if not rows:
+        raise UserError(f"{origin}: column {config.label_column} holds no labels; set data.label_column")
+    if kind is str:
+        names = names or tuple(sorted({values[row] for row in rows}))
+        places = {name: number for number, name in enumerate(names)}
+        for row in (row for row in rows if values[row] not in places):
+            what = f"label {values[row]!r} at row {row} is not among the {len(names)} of training"
+            faults.report("unknown label", origin, what, "remove the row")
+        rows = [row for row in rows if values[row] in places]
+        labels = np.array([places[values[row]] for row in rows], np.int64)
     else:
-        wrong = next((row for row, value in enumerate(values) if not isinstance(value, int)), None)
-        if wrong is not None:
-            raise UserError(
-                f"{origin}: label {values[wrong]!r} at row {wrong} is neither an integer nor, in every row, a name; set data.label_column"
-            )
-        labels = np.array(values, np.int64)
+        labels = np.array([values[row] for row in rows], np.int64)
         names = names or tuple(str(label) for label in range(config.classes or int(labels.max()) + 1))
-        _check_labels(labels, len(names), origin)
-    return TableImages(images, config.image_column, origin), labels, names
+        known = _known_labels(labels, len(names), origin, faults, np.array(rows))
+        rows, labels = [rows[place] for place in known], labels[known]
+    found = TableImages(images, config.image_column, origin)
+    return found if len(rows) == len(values) else Subset(found, np.array(rows, np.int64)), labels, names
 
 
 def _decoded_splits(
-    config: ImageData, train: Encoded, labels: np.ndarray, valid: Encoded | None, valid_labels: np.ndarray | None, classes: tuple[str, ...]
+    config: ImageData,
+    train: Encoded,
+    labels: np.ndarray,
+    valid: Encoded | None,
+    valid_labels: np.ndarray | None,
+    classes: tuple[str, ...],
+    cache: Path | None,
+    faults: Faults,
 ) -> ImageSplits:
-    channels = config.channels or image_files.native_channels(train)
+    if config.faults == "skip" and config.cache is None:
+        train, labels = _readable(train, labels, cache and cache / "images" / "train", faults)
+        if valid is not None and valid_labels is not None:
+            valid, valid_labels = _readable(valid, valid_labels, cache and cache / "images" / "valid", faults)
+    channels = config.channels or image_files.native_channels(train, config.faults == "skip")
     size = config.size
     if size is None:
         size = image_files.native_size(train)
@@ -312,10 +338,9 @@ def _decoded_splits(
     if config.cache is not None:
         assert isinstance(training, DecodedPixels)
         assert isinstance(held_out, DecodedPixels)
-        faults, folder = _faults(config), Path(config.cache)
+        folder = Path(config.cache)
         training, labels = cached(training, labels, folder / "train", faults)
         held_out, valid_labels = cached(held_out, valid_labels, folder / "valid", faults)
-        tell_skipped(faults, config.cache)
     return ImageSplits(
         ImageSet(training, labels, mean, std, _augment(config, size)),
         ImageSet(held_out, valid_labels, mean, std),
@@ -327,8 +352,9 @@ def _decoded_splits(
     )
 
 
-def _faults(config: ImageData) -> Faults:
-    return Faults(config.faults, "data.faults: skip")
+def _readable(images: Encoded, labels: np.ndarray, folder: Path | None, faults: Faults) -> tuple[Encoded, np.ndarray]:
+    kept = readable(images, folder, faults)
+    return (images, labels) if len(kept) == len(images) else (Subset(images, kept), labels[kept])
 
 
 def _given(config: ImageData, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -369,13 +395,16 @@ def _statistics(pixels: np.ndarray, channels: int) -> tuple[tuple[float, ...], t
     return tuple(mean.tolist()), tuple(np.maximum(np.sqrt(variance), 1 / 255).tolist())
 
 
-def _check_labels(labels: np.ndarray, count: int, origin: str) -> None:
-    wrong = np.flatnonzero((labels < 0) | (labels >= count))
-    if len(wrong):
-        raise UserError(
-            f"{origin}: label {labels[wrong[0]]} at index {wrong[0]} is outside 0..{count - 1}, the classes of training; "
-            "correct the label or set data.classes"
-        )
+def _known_labels(labels: np.ndarray, count: int, origin: str, faults: Faults, places: np.ndarray | None = None) -> np.ndarray:
+    """Which labels are below `count`: int64 indices. The others are reported, by their `places` in the source if those are other ones."""
+    known = (labels >= 0) & (labels < count)
+    for index in np.flatnonzero(~known):
+        place = index if places is None else places[index]
+        what = f"label {labels[index]} at index {place} is outside 0..{count - 1}, the classes of training"
+        faults.report("unknown label", origin, what, "correct the label or set data.classes")
+    if not known.any():
+        raise UserError(f"{origin}: no label is within 0..{count - 1}; correct the labels or set data.classes")
+    return np.flatnonzero(known)
 
 
 def _split(count: int, config: ImageData, origin: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ is what `segments` says. A packing is a function of the documents' lengths and o
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +41,26 @@ class Layout(NamedTuple):
 
     def _per_row(self, values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, self.rows[:-1]) if len(values) else np.zeros(0, np.int64)
+
+
+class Summary(NamedTuple):
+    """What is asked of a whole layout."""
+
+    words: np.ndarray
+    """int64 [S]: how many rows hold so many tokens of text."""
+    pieces: int
+    pairs: int
+    """Pairs of tokens of one document, of all rows."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows, special ones counted and padding not."""
+        return int(self.words @ np.arange(len(self.words))) + SPECIAL * self.pieces
+
+
+def summarise(layout: Layout, sequence_length: int) -> Summary:
+    """The summary of a layout in rows of `sequence_length`."""
+    return Summary(np.bincount(layout.words(), minlength=sequence_length), len(layout.starts), int(layout.pairs().sum()))
 
 
 def lay_out(documents: np.ndarray, sequence_length: int, packing: Packing) -> Layout:
@@ -108,17 +129,25 @@ class PackedText:
     sep_id: int
     pad_id: int
     packing: Packing
+    known: Summary | None = None
+    """Of the layout, where it is known already."""
 
     def __len__(self) -> int:
         return len(self.layout.rows) - 1
 
+    @cached_property
+    def summary(self) -> Summary:
+        """Of all rows."""
+        return self.known or summarise(self.layout, self.sequence_length)
+
     def padding(self) -> float:
         """The share of the rows' tokens that is padding."""
-        return 1 - float(self.layout.tokens().sum()) / max(1, len(self) * self.sequence_length)
+        return 1 - self.summary.tokens / max(1, len(self) * self.sequence_length)
 
     def fetch(self, indices: np.ndarray, seeds: np.ndarray | None) -> dict[str, torch.Tensor]:
         """See `wtn_pretrain.data.stream.Dataset`; nothing is random here."""
-        firsts, counts = self.layout.rows[indices], np.diff(self.layout.rows)[indices]
+        firsts = self.layout.rows[indices]
+        counts = self.layout.rows[indices + 1] - firsts
         owner = np.repeat(np.arange(len(indices)), counts)
         number = _within(counts)
         piece = firsts[owner] + number

@@ -1,6 +1,7 @@
 """Pairs of segments cut between sentences, for next-sentence and sentence-order prediction."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,11 @@ class Runs:
     def words(self) -> np.ndarray:
         """int64 [R]: tokens of text in each."""
         return self.bounds[self.last] - self.bounds[self.first]
+
+
+def words_of(runs: Runs, sequence_length: int) -> np.ndarray:
+    """How many runs hold so many tokens: int64 [sequence_length]."""
+    return np.bincount(runs.words(), minlength=sequence_length)
 
 
 def runs_of(sentences: np.ndarray, documents: np.ndarray, sequence_length: int) -> Runs:
@@ -87,6 +93,13 @@ class SentencePairs:
     sep_id: int
     pad_id: int
     pair: Literal["sop", "nsp"]
+    known: np.ndarray | None = None
+    """`words`, where it is known already."""
+
+    @cached_property
+    def words(self) -> np.ndarray:
+        """int64 [S]: how many rows hold so many tokens of text."""
+        return words_of(self.runs, self.sequence_length) if self.known is None else self.known
 
     def __len__(self) -> int:
         return len(self.runs.first)

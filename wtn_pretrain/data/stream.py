@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from wtn_pretrain.data.hashing import hash_keys
 from wtn_pretrain.data.order import order_of
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.parallel.preemption import heed_parent_alone
 
 Batch = dict[str, torch.Tensor]
 
@@ -100,6 +101,7 @@ class BatchStream:
             sampler=steps,
             num_workers=self.workers,
             collate_fn=_as_is,
+            worker_init_fn=heed_parent_alone,
             generator=torch.Generator(),  # else it draws from the global one, and dropout would depend on `workers`
         )
         for fetched in fetching:

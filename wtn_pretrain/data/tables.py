@@ -1,4 +1,5 @@
-"""Tables through the `datasets` library: a hub name, or a local folder of Parquet, arrow, JSON lines or CSV files."""
+"""Tables through the `datasets` library: a hub name, or a local folder of Parquet, arrow, JSON lines or CSV files; `NAME:CONFIGURATION`
+names one of those that a hub data set has."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,13 @@ def open_tables(path: str) -> Mapping[str, Any]:
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             found = datasets.load_from_disk(path)
         else:
-            found = datasets.load_dataset(path)
+            name, _, configuration = (path, "", "") if folder.exists() else path.partition(":")
+            found = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # the library, its file systems and its builders raise all sorts
         reason = str(error).splitlines()[0] if str(error) else ""
         raise UserError(
-            f"{path}: `datasets` cannot open it ({type(error).__name__}: {reason}); give a folder of Parquet files or a hub name"
+            f"{path}: `datasets` cannot open it ({type(error).__name__}: {reason}); "
+            "give a folder of Parquet files, a hub name or NAME:CONFIGURATION"
         ) from None
     return found if isinstance(found, Mapping) else {"train": found}
 

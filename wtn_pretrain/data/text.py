@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,9 +19,11 @@ from wtn_pretrain.data.corpus import (
     blocks,
     find_text_files,
     open_text_tables,
+    text_faults,
     validation_threshold,
 )
 from wtn_pretrain.data.documents import kept_runs, numbered_blocks
+from wtn_pretrain.data.faults import Policy, tell_skipped
 from wtn_pretrain.data.packing import PackedText, Packing, lay_out
 from wtn_pretrain.data.sentence_pairs import SentencePairs
 from wtn_pretrain.data.text_set import TextSet
@@ -79,6 +81,9 @@ class TextData(Section):
     """Part of the text held out for validation where the source has none of its own."""
     limit_mb: float | None = Field(default=None, gt=0)
     """Use only the first so many megabytes (10^6 bytes) of the text; null takes all."""
+    faults: Policy = "stop"
+    """What to do about text that cannot be read, sources files and datasets: stop, or leave out the line, row or rest of the file and count
+    it (the count is printed and stands in tokens.json in the run's folder)."""
     workers: int = Field(default=0, ge=0)
     """Processes that prepare batches beside the training; 0 prepares them in its own."""
 
@@ -92,6 +97,12 @@ class TextData(Section):
             raise UserError(f"valid_paths goes with source files or corpus, not {self.source}; leave it out")
         if self.weights and self.source != "corpus":
             raise UserError(f"weights goes with source corpus, not {self.source}; leave it out")
+        if self.faults != "stop" and self.source not in ("files", "datasets"):
+            raise UserError(f"faults goes with source files or datasets, not {self.source}; leave it out")
+        if self.source == "corpus":
+            for name in ("column", "vocab_size", "lowercase", "valid_fraction", "limit_mb"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise UserError(f"{name} was decided when the corpus was made, so source corpus takes none; leave it out")
         shares, lengths = [share for share, _ in self.lengths], [length for _, length in self.lengths]
         if any(not 0 < share < 1 for share in shares) or shares != sorted(set(shares)):
             raise UserError(f"lengths has the shares {shares}; they must rise, each between 0 and 1")
@@ -111,6 +122,8 @@ class TextSplits:
     train: Text
     valid: Text
     tokenizer: "PreTrainedTokenizerBase"
+    identity: str = ""
+    """Hash of what training reads, where it may change in its place and `data` stay as it is: prepared corpora; else empty."""
 
 
 def open_text(config: TextData, cache: Path) -> TextSplits:
@@ -128,6 +141,7 @@ def open_text(config: TextData, cache: Path) -> TextSplits:
                 tokenizer=config.tokenizer,
                 sequence_length=config.sequence_length,
                 packing=config.packing,
+                cache=Path(cache),
             )
         )
     cache = Path(cache)
@@ -143,12 +157,12 @@ def _open_corpora(config: TextData) -> tuple[Corpus, Corpus | None]:
     if config.source == "pydoc":
         return PydocTopics(), None
     if config.source == "datasets":
-        return open_text_tables(config.paths[0], config.column)
+        return open_text_tables(config.paths[0], config.column, config.faults)
     held_out = find_text_files(config.valid_paths)
     files = find_text_files(config.paths, exclude=held_out)
     if not files:
         raise UserError(f"{', '.join(config.paths)}: every file is in data.valid_paths; leave some to train on")
-    return TextFiles(files), TextFiles(held_out) if held_out else None
+    return TextFiles(files, text_faults(config.faults)), TextFiles(held_out, text_faults(config.faults)) if held_out else None
 
 
 def _key(config: TextData, train: Corpus, valid: Corpus | None, given: "PreTrainedTokenizerBase | None") -> str:
@@ -157,10 +171,12 @@ def _key(config: TextData, train: Corpus, valid: Corpus | None, given: "PreTrain
     facts["tokenizer"] = (
         [config.vocab_size, config.lowercase] if given is None else [given.backend_tokenizer.to_str(), str(given.special_tokens_map)]
     )
+    if config.faults != "stop":
+        facts["faults"] = config.faults
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _build(config: TextData, cache: Path, train: Corpus, valid: Corpus | None, given: "PreTrainedTokenizerBase | None") -> dict[str, int]:
+def _build(config: TextData, cache: Path, train: Corpus, valid: Corpus | None, given: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
     limit = None if config.limit_mb is None else int(config.limit_mb * 1e6)
     threshold = validation_threshold(blocks(train, limit), config.valid_fraction) if valid is None else -1
 
@@ -175,7 +191,14 @@ def _build(config: TextData, cache: Path, train: Corpus, valid: Corpus | None, g
     if given is None:
         given = train_wordpiece(_Again(lambda: (text for _, text in training())), config.vocab_size, config.lowercase)
     save_tokenizer(given, cache / "tokenizer")
-    return {"train": write_part(cache, "train", training(), given), "valid": write_part(cache, "valid", validating(), given)}
+    note: dict[str, Any] = {}
+    for part, texts, source in (("train", training(), train), ("valid", validating(), valid)):
+        note[part] = write_part(cache, part, texts, given)
+        faults = getattr(source, "faults", None)
+        if faults is not None and faults.counts:
+            note.setdefault("skipped", {})[part] = faults.state()
+            tell_skipped(faults, "training text" if part == "train" else "validation text")
+    return note
 
 
 @dataclass(frozen=True)

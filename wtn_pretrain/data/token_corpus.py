@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import xxhash
+
 from wtn_pretrain.data.blend import blended
-from wtn_pretrain.data.packing import PackedText, Packing, lay_out
-from wtn_pretrain.data.sentence_pairs import SentencePairs, runs_of
+from wtn_pretrain.data.packing import Layout, PackedText, Packing, Summary, lay_out, summarise
+from wtn_pretrain.data.sentence_pairs import Runs, SentencePairs, runs_of, words_of
+from wtn_pretrain.data.stored_rows import stored_rows
 from wtn_pretrain.data.text_set import Pair, TextSet
 from wtn_pretrain.data.token_files import TokenFile, files_of, open_token_file
 from wtn_pretrain.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -25,16 +29,25 @@ class CorpusText(TextSet):
 
     file: TokenFile | None = None
     pad_id: int = 0
+    cache: Path | None = None
+    """Folder to keep the runs of sentences in."""
 
     def with_pairs(self, pair: Pair | None) -> Any:
         """See `TextSet.with_pairs`."""
         file = self.file
         if pair is None or file is None or file.sequences <= file.documents:
             return super().with_pairs(pair)
-        runs = runs_of(file.sequence_bounds(), file.document_sequences(), self.sequence_length)
+
+        def build() -> dict[str, np.ndarray]:
+            runs = runs_of(file.sequence_bounds(), file.document_sequences(), self.sequence_length)
+            return {**vars(runs), "words": words_of(runs, self.sequence_length)}
+
+        found = build() if self.cache is None else stored_rows(self.cache, f"{file.identity()}-{self.sequence_length}-pairs", build)
+        counts = found.pop("words")
+        runs = Runs(**found)
         if not len(runs.first):
             raise UserError(f"{file.prefix}: no document has two sentences, which pairs need; set model.pair_head to none")
-        return SentencePairs(file.tokens, runs, self.sequence_length, self.cls_id, self.sep_id, self.pad_id, pair)
+        return SentencePairs(file.tokens, runs, self.sequence_length, self.cls_id, self.sep_id, self.pad_id, pair, counts)
 
 
 @dataclass(frozen=True)
@@ -71,14 +84,16 @@ def open_corpora(
     tokenizer: str | None,
     sequence_length: int,
     packing: Packing,
-) -> tuple[Any, Any, "PreTrainedTokenizerBase"]:
-    """Training set, validation set and tokenizer of corpora.
+    cache: Path,
+) -> tuple[Any, Any, "PreTrainedTokenizerBase", str]:
+    """Training set, validation set and tokenizer of corpora, and a hash of what training reads.
 
     Args:
         paths: folders that tools/preprocess_corpus.py wrote, or token files without .bin and .idx.
         weights: how often training takes each; empty: by size.
         valid_paths: corpora to validate on as a whole; empty: the held-out parts of `paths`.
         tokenizer: where it is read from; None: from the first corpus.
+        cache: folder that all ranks share, for what rows hold where that takes a pass over the index to find; all ranks must call this.
 
     Raises:
         UserError: what is missing, damaged, or does not fit together.
@@ -89,7 +104,7 @@ def open_corpora(
     found = _tokenizer(places, held_out, tokenizer)
 
     def opened(prefix: Path) -> Any:
-        return _open(open_token_file(prefix), found, sequence_length, packing)
+        return open_rows(open_token_file(prefix), found, sequence_length, packing, cache)
 
     if held_out:
         validating = [place.part("train") for place in held_out]
@@ -97,7 +112,9 @@ def open_corpora(
         validating = [place.part("valid") for place in places if place.card is not None and place.card["parts"]["valid"]["tokens"]]
         if not validating:
             raise UserError(f"{paths[0]}: nothing is held out for validation in it; set data.valid_paths")
-    train = [opened(place.part("train")) for place in places]
+    files = [open_token_file(place.part("train")) for place in places]
+    train = [open_rows(file, found, sequence_length, packing, cache) for file in files]
+    identity = xxhash.xxh3_128_hexdigest(" ".join([*(file.identity() for file in files), *map(str, weights)]).encode())
     valid = [some for some in map(opened, validating) if len(some)]
     for place, some in zip(places, train, strict=True):
         if not len(some):
@@ -108,7 +125,7 @@ def open_corpora(
         raise UserError(
             f"{validating[0]}: its text is shorter than a row of {sequence_length}; lower data.sequence_length or set data.valid_paths"
         )
-    return blended(train, weights), blended(valid, ()), found
+    return blended(train, weights), blended(valid, ()), found, identity
 
 
 def _place(path: str) -> _Place:
@@ -138,9 +155,20 @@ def _tokenizer(places: list[_Place], held_out: list[_Place], given: str | None) 
     return tokenizer
 
 
-def _open(file: TokenFile, tokenizer: "PreTrainedTokenizerBase", sequence_length: int, packing: Packing) -> Any:
+def open_rows(
+    file: TokenFile, tokenizer: "PreTrainedTokenizerBase", sequence_length: int, packing: Packing, cache: Path
+) -> CorpusText | PackedText:
+    """The rows of a token file. Which documents a row holds is found once and then read from `cache`."""
     special = tokenizer.cls_token_id, tokenizer.sep_token_id
     if packing == "none":
-        return CorpusText(file.tokens, sequence_length, *special, file=file, pad_id=tokenizer.pad_token_id)
-    layout = lay_out(file.document_bounds(), sequence_length, packing)
-    return PackedText(file.tokens, layout, sequence_length, *special, tokenizer.pad_token_id, packing)
+        return CorpusText(file.tokens, sequence_length, *special, file=file, pad_id=tokenizer.pad_token_id, cache=cache)
+
+    def build() -> dict[str, np.ndarray]:
+        layout = lay_out(file.document_bounds(), sequence_length, packing)
+        made = summarise(layout, sequence_length)
+        return {**layout._asdict(), "words": made.words, "pairs": np.array(made.pairs)}
+
+    found = stored_rows(cache, f"{file.identity()}-{sequence_length}-{packing}", build)
+    counts, pairs = found.pop("words"), int(found.pop("pairs"))
+    summary = Summary(counts, len(found["starts"]), pairs)
+    return PackedText(file.tokens, Layout(**found), sequence_length, *special, tokenizer.pad_token_id, packing, summary)

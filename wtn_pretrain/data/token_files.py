@@ -119,6 +119,19 @@ class TokenFile:
         """Where each document that holds ids begins, and the end, in ids: int64, strictly ascending."""
         return np.unique(self.sequence_bounds()[self.document_sequences()])
 
+    def identity(self) -> str:
+        """What changes when the ids or their bounds do, wherever the files lie: a hash of the checksums, or where there are none of sizes
+        and times of writing."""
+        index = files_of(self.prefix)[1]
+        digest = xxhash.xxh3_128(f"{len(self.tokens)} {self.sequences} {self.documents} ".encode())
+        if self._sums is None:
+            for file in (self.tokens.path, index):
+                found = file.stat()
+                digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode())
+        else:
+            digest.update(files_of(self.prefix)[2].read_bytes())
+        return digest.hexdigest()
+
     def check(self) -> None:
         """Reads everything. Raises a UserError that names what is damaged."""
         for first in range(0, len(self.tokens), _AT_ONCE):

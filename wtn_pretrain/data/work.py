@@ -25,11 +25,13 @@ class Work(NamedTuple):
 def mean_work(text: Dataset, sequence_length: int, budgets: Callable[[np.ndarray], np.ndarray]) -> Work | None:
     """The work of a row of `text`; None: all rows are full and see the whole of themselves. `budgets` as `Masker.budgets`."""
     if isinstance(text, PackedText):
-        layout = text.layout
-        return Work(float(layout.tokens().mean()), float(layout.pairs().mean()), float(budgets(layout.words()).mean()))
+        rows, found = len(text), text.summary
+        return Work(found.tokens / rows, found.pairs / rows, float(found.words @ budgets(np.arange(len(found.words)))) / rows)
     if isinstance(text, SentencePairs):
-        words = text.runs.words()
-        return Work(float((words + PAIR_SPECIAL).mean()), float(((words + PAIR_SPECIAL) ** 2.0).mean()), float(budgets(words).mean()))
+        rows, counts = len(text), text.words
+        tokens = np.arange(len(counts)) + PAIR_SPECIAL
+        predicted = budgets(np.arange(len(counts)))
+        return Work(float(counts @ tokens) / rows, float(counts @ tokens**2) / rows, float(counts @ predicted) / rows)
     if isinstance(text, Blend):
         parts = [mean_work(part, sequence_length, budgets) for part in text.parts]
         if any(parts):

@@ -12,7 +12,7 @@ from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.models.store import load_network
 
 
-def load(path: str | Path, *, stage: str | None = None, pickles: bool = False, image_size: int = 0) -> BlockNetwork:
+def load(path: str | Path, *, stage: str | None = None, pickles: bool = False, image_size: int = 0, heads: int = 0) -> BlockNetwork:
     """The network at `path`, on the CPU, in eval mode; every tensor comes from there, or the load is refused.
 
     Args:
@@ -21,6 +21,7 @@ def load(path: str | Path, *, stage: str | None = None, pickles: bool = False, i
         stage: of a run: wide, narrow, finetune or scratch; None takes the furthest that has finished.
         pickles: whether files that are pickles may be read; tensors alone are taken from them.
         image_size: side of the images of a ResNet whose format does not tell it.
+        heads: of attention, of a Megatron checkpoint that was saved without its arguments.
 
     Raises:
         UserError: one line that says what is there and what is wrong with it.
@@ -32,8 +33,12 @@ def load(path: str | Path, *, stage: str | None = None, pickles: bool = False, i
         done = [name for name in ("finetune", "narrow", "wide", "scratch") if RunFolder.result(place / name)]
         if stage is None and not done:
             raise UserError(f"{place}: no stage of this run has finished; run scripts/run.py first")
-        return load_network(place / (stage or done[0]))
-    network = open_foreign(place, pickles, image_size).network()
+        found = place / (stage or done[0])
+        RunFolder.check_network(found)
+        return load_network(found)
+    if stage is not None:
+        raise UserError(f"stage {stage!r}: {place} is not the folder of a run, which alone has stages; leave it out")
+    network = open_foreign(place, pickles, image_size, heads).network()
     forget_foreign()
     return network
 

@@ -1,6 +1,7 @@
 """The work of tools/bench_latency.py: arguments in, tables, figures and a plot out."""
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -16,9 +17,11 @@ from wtn_pretrain.exchange.command import Parser, commit
 from wtn_pretrain.exchange.latency import ARMS, has_compiler, least, measure, pairs, plot
 from wtn_pretrain.files import write_text
 
+PICTURES = (".png", ".svg", ".pdf")
 
-def run(doc: str, argv: list[str]) -> str:
-    """Measures and writes what was asked for; the tables to print.
+
+def run(doc: str, argv: list[str]) -> None:
+    """Measures, prints the tables and writes what was asked for.
 
     Raises:
         UserError: one line that names the argument and the remedy.
@@ -27,6 +30,13 @@ def run(doc: str, argv: list[str]) -> str:
     for file in (options.json, options.plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise UserError(f"{file}: no folder {file.parent}; create it or name another file")
+    if options.threads < 1:
+        raise UserError(f"--threads {options.threads}: give 1 or more")
+    if options.plot is not None:
+        if options.plot.suffix.lower() not in PICTURES:
+            raise UserError(f"--plot {options.plot}: cannot be drawn; name a file that ends in {', '.join(PICTURES)}")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--plot: needs matplotlib; install it or leave the plot out")
     if options.compile and not has_compiler():
         raise UserError("--compile: torch.compile needs a C++ compiler on this CPU; install one or leave it out")
     arms = tuple(arm for arm in ARMS if options.compile or not arm.endswith("compile"))
@@ -46,11 +56,15 @@ def run(doc: str, argv: list[str]) -> str:
     parts = [_table(name, result) for name, result in found.items()]
     if figures["ort_over_hf_eager"] is not None:
         parts.append(f"Hugging Face eager over ONNX Runtime at batch 1: {figures['ort_over_hf_eager']:.2f} (goal 1.5)")
+    # first of all, so that a disk that is full costs no more than a file
+    print("\n\n".join(parts), flush=True)
     if options.json:
         write_text(options.json, json.dumps(figures, indent=2) + "\n")
     if options.plot:
-        plot(found, options.plot)
-    return "\n\n".join(parts)
+        try:
+            plot(found, options.plot)
+        except OSError as error:
+            raise UserError(f"--plot {options.plot}: cannot be written ({error.strerror}); name another file") from None
 
 
 def _parser(doc: str) -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """The model card: what the network is, how it was made, how good it is and how to make it again."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -22,7 +23,7 @@ class Origin(NamedTuple):
     metric: str = ""
     """What quality is measured in, with its unit."""
     results: dict[str, dict[str, Any]] = {}
-    """What each finished stage reported."""
+    """What each stage reported that this network has gone through to its end."""
     recipe: str = ""
     """The run's whole configuration as YAML."""
     commit: str | None = None
@@ -31,6 +32,10 @@ class Origin(NamedTuple):
     """SHA-256 of the files that the network was read from."""
     data: str = ""
     """The data in words."""
+    seed: int | None = None
+    """Of the stage."""
+    step: int | None = None
+    """Of the stage, where the network is that of a checkpoint and not what the stage left in the end."""
 
 
 def model_card(network: BlockNetwork, origin: Origin, license: str, certificate: dict[str, Any]) -> str:
@@ -46,13 +51,18 @@ def model_card(network: BlockNetwork, origin: Origin, license: str, certificate:
     lines += [f"{_shape(network)}, {parameter_count(network):,} parameters.", ""]
     if origin.stage in ("narrow", "finetune"):
         lines += [_METHOD, ""]
+    if origin.stage:
+        seed = "" if origin.seed is None else f" of seed {origin.seed}"
+        when = "as it ended" if origin.step is None else f"at its step {origin.step}, before its end"
+        lines += [f"It is the network of stage {origin.stage}{seed}, {when}.", ""]
     if origin.results:
         lines += ["## Quality", "", f"| stage | {origin.metric} | steps |", "| --- | --- | --- |"]
         lines += [f"| {stage} | {result['metric']:.2f} | {result['steps']} |" for stage, result in origin.results.items()]
         lines += ["", f"On the validation part of: {origin.data}.", ""]
-    teacher = origin.results.get("wide", {}).get("teacher")
-    if teacher:
-        lines += [f"The wide network was not trained here: it was read from {teacher}.", ""]
+    wide = origin.results.get("wide", {})
+    if wide.get("teacher"):
+        hashes = ", ".join(f"{name} {value}" for name, value in wide.get("sha256", {}).items())
+        lines += [f"The wide network was not trained here: it was read from {Path(wide['teacher']).name} (SHA-256: {hashes}).", ""]
     lines += ["## This export", "", _said(certificate), ""]
     lines += ["## Licence", "", license or "Not stated. The licences of the data and of the teacher decide what may be done with it.", ""]
     if origin.recipe:

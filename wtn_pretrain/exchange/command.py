@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wtn_pretrain.config import dump_yaml
+from wtn_pretrain.config import Section, dump_yaml
+from wtn_pretrain.config import describe as describe_keys
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.card import Origin
+from wtn_pretrain.exchange.config import ExportSection
 from wtn_pretrain.exchange.files import digest
 from wtn_pretrain.exchange.formats import FORMATS
+from wtn_pretrain.exchange.teacher import adapted
 from wtn_pretrain.exchange.write import export_network
 from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
@@ -24,6 +27,12 @@ from wtn_pretrain.training.int8 import without_ranges
 STAGES = ("finetune", "narrow", "wide", "scratch")
 
 
+class _Keys(Section):
+    """The recipe's keys that say how exports are written, under their full names."""
+
+    export: ExportSection = ExportSection()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are the project's."""
 
@@ -33,7 +42,12 @@ class Parser(argparse.ArgumentParser):
 
 def parser(doc: str) -> Parser:
     """The options of tools/export.py; all others are assignments to keys of the recipe."""
-    made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    made = Parser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog=f"keys of the recipe [default]:\n{describe_keys(_Keys)}",
+    )
     made.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run, such as runs/NAME")
     made.add_argument("--config", type=Path, metavar="FILE", help="instead of RUN: its config.yaml, or the recipe that it was started with")
     made.add_argument("--to", metavar="FORMATS", help=f"formats, joined by commas, of: {', '.join(FORMATS)} (default: the recipe's)")
@@ -94,34 +108,65 @@ def export_from(
     seeds = recipe.compare.seeds
     if seed is not None and seed not in seeds:
         raise UserError(f"--seed {seed}: the run has the seeds {', '.join(map(str, seeds))}")
-    folder = RunFolder(run).stage(stage, None if stage == "wide" or seed in (None, seeds[0]) else seed)
+    folder = _stage_folder(run, recipe, stage, seed)
+    step = None
     if checkpoint is None:
         network, files = _finished(folder, stage)
     task = open_task(recipe, run / "data")
     if checkpoint is not None:
-        narrow = folder.parent / "narrow"
-        # what stage 2 has left says the shape; the data completes that of the others
-        known = stage == "finetune" and (narrow / "model.json").exists()
-        shape = load_shape(narrow) if known else task.complete(recipe.wide_model() if stage == "wide" else recipe.model)
-        network, files = _from_checkpoint(checkpoint, folder, shape)
-    origin = describe(recipe, run, stage, task, {path.name: digest(path) for path in files})
+        network, files, step = _from_checkpoint(checkpoint, folder, _shape(recipe, task, run, folder, stage))
+    origin = describe(recipe, run, stage, task, {path.name: digest(path) for path in files}, seed, step)
     place = out or run / "export"
     if out is None and (checkpoint is not None or stage != "finetune" or seed not in (None, seeds[0])):
         place = place / "-".join([stage, *([f"seed{seed}"] if seed is not None else []), *([checkpoint.name] if checkpoint else [])])
     return export_network(network, task, formats or recipe.export.formats, place, recipe.export, origin)
 
 
-def describe(recipe: Recipe, run: Path, stage: str, task: Task, weights: dict[str, str]) -> Origin:
-    """Where a network of a run comes from, for its model card."""
+def _stage_folder(run: Path, recipe: Recipe, stage: str, seed: int | None) -> Path:
+    """Where a stage of a seed (None: the first) of a run stands."""
+    return RunFolder(run).stage(stage, None if stage == "wide" or seed in (None, recipe.compare.seeds[0]) else seed)
+
+
+def _shape(recipe: Recipe, task: Task, run: Path, folder: Path, stage: str) -> BlockConfig:
+    """The shape of the network in a stage that has not finished."""
+    if stage == "wide":
+        return task.complete(recipe.wide_model())
+    # what has finished says it; the data, and a teacher that may be gone, complete that of the recipe
+    for place in (folder.parent / "narrow", run / "narrow"):
+        if (place / "model.json").exists():
+            return load_shape(place)
+    taught = recipe.wide.teacher and getattr(recipe.model, "vocab_size", None) == 0
+    wide = run / "wide"
+    if taught:
+        return task.complete(adapted(recipe.model, load_shape(wide) if (wide / "model.json").exists() else recipe.wide_model()))
+    return task.complete(recipe.model)
+
+
+_BEFORE = {"wide": ("wide",), "narrow": ("wide", "narrow"), "finetune": ("wide", "narrow", "finetune"), "scratch": ("scratch",)}
+
+
+def describe(
+    recipe: Recipe, run: Path, stage: str, task: Task, weights: dict[str, str], seed: int | None = None, step: int | None = None
+) -> Origin:
+    """Where a network of a run comes from, for its model card and its certificate.
+
+    Args:
+        seed: of the comparison; None is its first.
+        step: of a checkpoint of the stage; None is its end.
+    """
+    seed = recipe.run.seed if stage == "wide" else recipe.compare.seeds[0] if seed is None else seed
     results = {}
-    for name in ("wide", "scratch", "narrow", "finetune"):
-        result = RunFolder.result(run / name)
-        if result:
+    for name in _BEFORE[stage]:
+        result = RunFolder.result(_stage_folder(run, recipe, name, None if stage == "wide" else seed))
+        if result and (name != stage or step is None):
             results[name] = result
+    # what a teacher's folder is called where it was taken in is nobody's business elsewhere
+    teacher = recipe.wide.model_copy(update={"teacher": Path(recipe.wide.teacher).name if recipe.wide.teacher else ""})
+    recipe = recipe.model_copy(update={"wide": teacher})
     told = recipe.data.model_dump(mode="json")
     data = ", ".join(f"{key} {told[key]}" for key in ("kind", "source", "path", "paths") if told.get(key))
     metric = f"{task.metric.name} ({task.metric.unit})"
-    return Origin(recipe.run.name, stage, metric, results, dump_yaml(recipe), commit(), weights, data)
+    return Origin(recipe.run.name, stage, metric, results, dump_yaml(recipe), commit(), weights, data, seed, step)
 
 
 def standing(name: str, result: dict[str, Any]) -> str:
@@ -162,11 +207,12 @@ def _finished(folder: Path, stage: str) -> tuple[BlockNetwork, list[Path]]:
         if stage == "narrow":
             raise UserError(f"{folder}: holds blocks that are bridged and not yet merged, and no plain network; let stage 2 finish")
         raise UserError(f"{folder}: has not finished; let it, or export a checkpoint of it with --checkpoint {folder}/checkpoints/stepN")
+    RunFolder.check_network(folder)
     return load_network(folder), [folder / "model.safetensors"]
 
 
-def _from_checkpoint(checkpoint: Path, stage: Path, shape: BlockConfig) -> tuple[BlockNetwork, list[Path]]:
-    """The network in a checkpoint of a training stage, whatever ranks, ZeRO stage and tensor parallelism wrote it.
+def _from_checkpoint(checkpoint: Path, stage: Path, shape: BlockConfig) -> tuple[BlockNetwork, list[Path], int]:
+    """The network in a checkpoint of a training stage, whatever ranks, ZeRO stage and tensor parallelism wrote it; its files and step.
 
     Of a stage that averages its weights, the average: that is what it evaluates and keeps.
     """
@@ -183,4 +229,4 @@ def _from_checkpoint(checkpoint: Path, stage: Path, shape: BlockConfig) -> tuple
         raise UserError(f"--checkpoint {place}: {error}; give a whole folder stepN of wide, finetune or scratch") from None
     network = shape.build()
     load_state(network, without_ranges(state), f"--checkpoint {place}")
-    return network.eval(), [place / name for name in sorted(manifest.parts)]
+    return network.eval(), [place / name for name in sorted(manifest.parts)], manifest.step

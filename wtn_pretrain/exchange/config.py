@@ -27,7 +27,7 @@ class ExportSection(Section):
     """Training samples on which the ranges of int8 activations are measured."""
     samples: int = Field(2000, ge=0)
     """Validation samples on which the metric is taken before and after; 0: all."""
-    shard: str = "5GB"
-    """Largest file of weights in a Hugging Face folder; larger networks are cut into several."""
+    shard: str = Field("5GB", pattern=r"^\d+(\.\d+)? ?[KMGT]B$")
+    """Largest file of weights in a Hugging Face folder, in KB, MB, GB or TB; larger networks are cut into several."""
     license: str = ""
     """Licence that the model card states; the data's and the teacher's licences decide which may stand there."""

@@ -2,11 +2,14 @@
 
 import argparse
 import hashlib
+import importlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,7 +18,18 @@ from torch import Tensor
 from wtn_pretrain.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".th", ".ckpt", ".tar")
-CONSENT = "wide.teacher_pickle=true"
+CONSENT = "wide.teacher_pickle=true, or in Python pickles=True,"
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def _numpy() -> list[Any]:
+    """What random states of numpy, which training programs keep beside their weights, are made of: plain arrays of numbers."""
+    made: list[Any] = [np.ndarray, np.dtype, *(kind for kind in vars(np.dtypes).values() if isinstance(kind, type))]
+    start = importlib.import_module("numpy._core.multiarray")._reconstruct
+    # under its names in numpy 2 and before
+    return [*made, *((start, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core"))]
+
+
 _WRAPPERS = ("state_dict", "model_state_dict", "state_dict_ema", "model")
 
 
@@ -81,18 +95,27 @@ def read(file: Path, pickles: bool) -> dict[str, Any]:
         raise UserError(f"{file}: is neither .safetensors nor one of {', '.join(PICKLES)}; give a state dict")
     if not pickles:
         raise UserError(
-            f"{file}: is a pickle, read only if you say so; set {CONSENT} (tensors alone are then taken from it) or give safetensors"
+            f"{file}: is a pickle, read only if you say so; set {CONSENT} and tensors alone are taken from it, or give safetensors"
         )
     try:
-        # Megatron and timm keep the arguments of the training beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Megatron and timm keep the arguments of the training beside the weights, Megatron the states of its random generators too
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpy()]):
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or unsafe pickle raises all sorts
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{file}: is no pickle of tensors ({reason[:160]}); convert it to safetensors where it was made") from None
+        raise UserError(f"{file}: is no pickle of tensors ({_reason(error)}); save its tensors alone where it was made") from None
     if not isinstance(found, Mapping):
         raise UserError(f"{file}: holds a {type(found).__name__} and no state dict; save the model's state_dict()")
     return dict(found)
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its colours and its advice to trust the file."""
+    text = _ESCAPES.sub("", str(error))
+    foreign = re.search(r"GLOBAL ([\w.]+)", text)
+    if foreign:
+        return f"it holds {foreign[1]}"
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return "".join(letter for letter in line if letter.isprintable())[:160].partition(" In PyTorch")[0]
 
 
 def digest(file: Path) -> str:

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from wtn_pretrain.config import read_yaml
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.files import digest, read, read_folder, read_state
+from wtn_pretrain.folder import RunFolder
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.models.bert import megatron
 from wtn_pretrain.models.conversion import convert
@@ -49,12 +51,13 @@ class Foreign(NamedTuple):
         return {file.name: digest(file) for file in self.files}
 
 
-def open_foreign(path: str | Path, pickles: bool = False, image_size: int = 0) -> Foreign:
+def open_foreign(path: str | Path, pickles: bool = False, image_size: int = 0, heads: int = 0) -> Foreign:
     """The network at `path`: one of `KINDS`.
 
     Args:
         pickles: whether files that are pickles may be read (tensors alone are taken from them).
         image_size: side of the images, for a ResNet whose format does not tell.
+        heads: of attention, for a Megatron checkpoint without its arguments.
 
     Raises:
         UserError: it is none of these, is not supported, or its keys are not exactly those of the network that it claims to be.
@@ -62,7 +65,7 @@ def open_foreign(path: str | Path, pickles: bool = False, image_size: int = 0) -
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{place}: no such file or folder; give {KINDS}")
-    found = _read(place.resolve(), pickles, _stamp(place))
+    found = _read(place.resolve(), pickles, heads, _stamp(place))
     if image_size and getattr(found.config, "image_size", None) == 0:
         found = found._replace(config=found.config.model_copy(update={"image_size": image_size}))
     return found
@@ -75,9 +78,9 @@ def forget_foreign() -> None:
 
 # a recipe's shape is asked for more than once, and pickles show theirs only when they are read
 @lru_cache(maxsize=1)
-def _read(place: Path, pickles: bool, stamp: tuple[tuple[str, int, int], ...]) -> Foreign:
+def _read(place: Path, pickles: bool, heads: int, stamp: tuple[tuple[str, int, int], ...]) -> Foreign:
     if place.is_file():
-        return _state_dict(place, pickles)
+        return _state_dict(place, pickles, heads)
     if (place / "model.json").exists():
         return _ours(place)
     if (place / "config.yaml").exists():
@@ -86,7 +89,7 @@ def _read(place: Path, pickles: bool, stamp: tuple[tuple[str, int, int], ...]) -
         return _folder(place, pickles)
     shards = sorted(place.glob("**/mp_rank_*/model_optim_rng.pt"))
     if shards:
-        return _megatron(place, shards, pickles)
+        return _megatron(place, shards, pickles, heads)
     raise UserError(f"{place}: holds nothing that is known here; give {KINDS}")
 
 
@@ -97,11 +100,19 @@ def _stamp(place: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _ours(stage: Path) -> Foreign:
+    RunFolder.check_network(stage)
     network = load_network(stage)
-    tokenizer = stage.parent / "data" / "tokenizer"
     state = {name: value.detach() for name, value in network.state_dict().items()}
-    place = tokenizer if tokenizer.is_dir() else None
-    return Foreign("a stage of wtn_pretrain", network.config, state, (stage / "model.safetensors",), place)
+    found = Foreign("a stage of wtn_pretrain", network.config, state, (stage / "model.safetensors",))
+    # further seeds' stages stand a folder deeper
+    run = next((folder for folder in list(stage.parents)[:2] if (folder / "config.yaml").is_file()), None)
+    if run is None:
+        return found
+    tokenizer = run / "data" / "tokenizer"
+    data = read_yaml(run / "config.yaml").get("data")
+    mean, std = (data.get(key) for key in ("mean", "std")) if isinstance(data, dict) else (None, None)
+    pixels = (tuple(mean), tuple(std)) if mean and std else None
+    return found._replace(tokenizer=tokenizer if tokenizer.is_dir() else None, pixels=pixels)
 
 
 def _folder(folder: Path, pickles: bool) -> Foreign:
@@ -153,11 +164,11 @@ def _timm(folder: Path, told: dict[str, Any], pickles: bool) -> Foreign:
     return _resnet("a timm folder", state, files, str(folder))._replace(pixels=pixels)
 
 
-def _state_dict(file: Path, pickles: bool) -> Foreign:
+def _state_dict(file: Path, pickles: bool, heads: int) -> Foreign:
     if file.suffix != ".safetensors":
         whole = read(file, pickles)
         if megatron.recognises(whole):
-            return _from_megatron(whole, file)
+            return _from_megatron(whole, file, heads)
     state = read_state(file, pickles)
     if torchvision.recognises(state):
         return _resnet("a state dict in torchvision's names", state, [file], str(file))
@@ -171,7 +182,7 @@ def _resnet(kind: str, state: dict[str, Tensor], files: list[Path], source: str)
     return Foreign(kind, config, convert(state, torchvision.names(config), config, source), tuple(files))
 
 
-def _megatron(place: Path, shards: list[Path], pickles: bool) -> Foreign:
+def _megatron(place: Path, shards: list[Path], pickles: bool, heads: int) -> Foreign:
     latest = place / "latest_checkpointed_iteration.txt"
     if latest.exists():
         number = latest.read_text(encoding="utf-8").strip()
@@ -182,10 +193,10 @@ def _megatron(place: Path, shards: list[Path], pickles: bool) -> Foreign:
     whole = read(shards[0], pickles)
     if not megatron.recognises(whole):
         raise UserError(f"{shards[0]}: holds no model.language_model, as Megatron's BERT did; convert it to Hugging Face's form")
-    return _from_megatron(whole, shards[0])
+    return _from_megatron(whole, shards[0], heads)
 
 
-def _from_megatron(whole: dict[str, Any], file: Path) -> Foreign:
-    config = megatron.shape(whole, str(file))
+def _from_megatron(whole: dict[str, Any], file: Path, heads: int) -> Foreign:
+    config = megatron.shape(whole, str(file), heads)
     state = convert(megatron.divided(whole, config, str(file)), megatron.names(config), config, str(file))
     return Foreign("a Megatron checkpoint", config, state, (file,))

@@ -217,7 +217,7 @@ def _with(library: str) -> Callable[[], str]:
 
 def plain_onnx(job: Job) -> Path:
     """A folder with the network as standard ONNX, made once: tracing takes longer than all else."""
-    place = job.work / "onnx"
+    place = job.work / "plain"
     if not place.exists():
         write_onnx(job.network, place, traced_on(job.probes), job.section.opset)
     return place

@@ -1,21 +1,20 @@
 """The certificate: how far an export's logits are from the original's, and how well it does what the task asks."""
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wtn_pretrain.data.stream import batches
-from wtn_pretrain.exchange.probes import Inputs, inputs_of
+from wtn_pretrain.exchange.probes import Inputs, apart, inputs_of, mixed
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.tasks.base import Task
 
 Call = Callable[[Inputs], Tensor]
 """An exported network: inputs to logits."""
 
-BATCH = {"pixels": 64, "input_ids": 16}
+BATCH = {"resnet": 64, "bert": 16}
+"""Samples that the metric is taken on at once."""
 
 
 @torch.no_grad()
@@ -68,19 +67,16 @@ class _Exported:
 
 
 @torch.no_grad()
-def task_metric(task: Task, network: BlockNetwork, exported: Call | None, samples: int) -> float | None:
-    """The task's metric on its first `samples` validation samples (0: all), of `exported` or else of the network itself.
+def task_metric(task: Task, network: BlockNetwork, exported: Call | None, samples: int) -> tuple[float, int]:
+    """The task's metric on `samples` validation samples (0: all), of `exported` or else of the network itself, and how many they were.
 
-    None where rows hold several documents, which an exported network takes one by one.
+    Documents that share a row are read one by one, which is all that an exported network can and gives what the row would.
     """
     sums: dict[str, float] = {"loss": 0.0, "right": 0.0, "count": 0.0}
-    first = next(batches(task.valid, 1))
-    if "segments" in first:
-        return None
-    size = BATCH["pixels" if "pixels" in first else "input_ids"]
     stand_in: Any = network.eval() if exported is None else _Exported(exported, network.config)
-    wanted = None if samples == 0 else -(-samples // size)
-    for batch in itertools.islice(batches(task.valid, size), wanted):
-        for name, value in task.tally(stand_in, batch).items():
+    counted = 0
+    for batch in mixed(task.valid, samples, BATCH[network.config.family]):
+        counted += len(next(iter(batch.values())))
+        for name, value in task.tally(stand_in, apart(batch, task)).items():
             sums[name] += float(value)
-    return task.score(sums)["metric"]
+    return task.score(sums)["metric"], counted

@@ -1,5 +1,6 @@
 """A network from elsewhere in the place of stage 1's: whether it fits the thin one and the data, and its way into the run."""
 
+import json
 from typing import Any
 
 from wtn_pretrain.data.tokenizer import load_tokenizer
@@ -16,13 +17,13 @@ CLOSE = 1e-3
 """Difference of means and standard deviations of pixels in [0, 1] up to which they count as the same (published ones are rounded)."""
 
 
-def wide_shape(thin: BlockConfig, path: str, pickles: bool) -> BlockConfig:
+def wide_shape(thin: BlockConfig, path: str, pickles: bool, heads: int = 0) -> BlockConfig:
     """The teacher's shape, with the images' side of the thin network, which no format tells.
 
     Raises:
         UserError: it is no teacher for such a network.
     """
-    return require_kin(thin, open_foreign(path, pickles).config, path)
+    return require_kin(thin, open_foreign(path, pickles, heads=heads).config, path)
 
 
 def require_kin(thin: BlockConfig, wide: BlockConfig, path: str) -> BlockConfig:
@@ -79,7 +80,8 @@ def _require_vocabulary(foreign: Foreign, tokenizer: Any, path: str) -> None:
                 "set data.tokenizer to its own"
             )
         return
-    theirs = {token: number for token, number in load_tokenizer(foreign.tokenizer).get_vocab().items() if number < rows}
+    other = load_tokenizer(foreign.tokenizer)
+    theirs = {token: number for token, number in other.get_vocab().items() if number < rows}
     mine = tokenizer.get_vocab()
     if theirs != mine:
         differing = [token for token in mine if mine[token] != theirs.get(token)] or [token for token in theirs if token not in mine]
@@ -88,3 +90,12 @@ def _require_vocabulary(foreign: Foreign, tokenizer: Any, path: str) -> None:
             f"wide.teacher {path}: has another vocabulary of {len(theirs)} words for {len(mine)} ({token!r} is number {theirs.get(token)} "
             f"there and {mine.get(token)} here); set data.tokenizer to {foreign.tokenizer}"
         )
+    # the same words, and yet other ids: cased or not, with accents or without
+    for part in ("normalizer", "pre_tokenizer"):
+        there, here = (json.loads(tool.backend_tokenizer.to_str())[part] for tool in (other, tokenizer))
+        if there != here:
+            keys = [key for key in {**(there or {}), **(here or {})} if (there or {}).get(key) != (here or {}).get(key)]
+            raise UserError(
+                f"wide.teacher {path}: its tokenizer has the same words and another {part} (another {', '.join(keys)}), so that texts get "
+                f"other ids; set data.tokenizer to {foreign.tokenizer}"
+            )

@@ -1,10 +1,11 @@
 """Exporting: write beside the target, compare with the original, and only then switch it in."""
 
+import contextlib
 import json
 import platform
-import shutil
-from collections.abc import Callable, Iterable
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,32 +37,58 @@ def export_network(
         For every format its certificate, or `{"refused": reason}` where the format has no such architecture.
 
     Raises:
-        UserError: an export is further from the original than its tolerance; nothing of that format is left behind.
+        UserError: an export is further from the original than its tolerance, and nothing of that format is left behind; or in its place
+            stands what is no export.
     """
     origin = origin or Origin()
+    formats = list(formats)
     network = network.cpu().float().eval()
-    job = Job(network, task, probes(task, network.config), section, folder / ".work")
-    before: dict[str, float | None] = {}
+    written: dict[str, dict[str, Any]] = {}
+    for name in formats:
+        reason = FORMATS[name].why_not(network.config)
+        if reason:
+            written[name] = {"refused": f"{name} cannot hold this network: {reason}; these can: {', '.join(holding(network.config))}"}
+        else:
+            _require_replaceable(folder / name)
+    if len(written) < len(set(formats)):
+        with _drafts(folder) as work:
+            job = Job(network, task, probes(task, network.config), section, work)
 
-    def metric_before() -> float | None:
-        # the same for all formats, and not asked for where all are refused
-        if "metric" not in before:
-            before["metric"] = task_metric(task, network, None, section.samples)
-        return before["metric"]
+            @cache
+            def metric_before() -> float:
+                # the same for all formats
+                return task_metric(task, network, None, section.samples)[0]
 
+            written |= {name: _export(job, name, folder / name, origin, metric_before) for name in formats if name not in written}
+    return {name: written[name] for name in formats}
+
+
+@contextlib.contextmanager
+def _drafts(folder: Path) -> Iterator[Path]:
+    """A folder in `folder` that no other export works in, gone in the end."""
     try:
-        return {name: _export(job, name, folder / name, origin, metric_before) for name in formats}
-    finally:
-        shutil.rmtree(job.work, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=".export-", dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"export: {folder} cannot be written ({error.strerror}); free the place or choose another folder") from None
+    with made as work:
+        yield Path(work)
 
 
-def _export(job: Job, name: str, target: Path, origin: Origin, metric_before: Callable[[], float | None]) -> dict[str, Any]:
-    form, config = FORMATS[name], job.network.config
-    reason = form.why_not(config)
-    if reason:
-        return {"refused": f"{name} cannot hold this network: {reason}; these can: {', '.join(holding(config))}"}
-    draft = target.with_name(target.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
+def _require_replaceable(target: Path) -> None:
+    """Refuses to export over what no export has left."""
+    try:
+        taken = target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir())))
+        if taken and not (target / "parity.json").is_file():
+            raise UserError(
+                f"export: {target} is there and holds no parity.json, so that it is no export; move it or choose another folder"
+            )
+    except OSError as error:
+        raise UserError(f"export: {target} cannot be read ({error.strerror}); choose another folder") from None
+
+
+def _export(job: Job, name: str, target: Path, origin: Origin, metric_before: Callable[[], float]) -> dict[str, Any]:
+    form, draft = FORMATS[name], job.work / f"{name}.draft"
     try:
         form.write(job, draft)
         call = form.open(job, draft)
@@ -70,17 +97,17 @@ def _export(job: Job, name: str, target: Path, origin: Origin, metric_before: Ca
         _require(certificate, name, job.section)
         write_text(draft / "parity.json", json.dumps(certificate, indent=2) + "\n")
         write_text(draft / "README.md", model_card(job.network, origin, job.section.license, certificate))
+        _require_replaceable(target)
         switch_folder(draft, target)
     except OSError as error:
         raise UserError(f"export: {target} cannot be written ({error}); free the disk or choose another folder") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return certificate
 
 
-def _certificate(job: Job, name: str, form: Format, draft: Path, call: Call, origin: Origin, metric_before: float | None) -> dict[str, Any]:
+def _certificate(job: Job, name: str, form: Format, draft: Path, call: Call, origin: Origin, metric_before: float) -> dict[str, Any]:
     """What was found about an export."""
     found = parity(job.network, call, job.probes)
+    metric_after, counted = task_metric(job.task, job.network, call, job.section.samples)
     tolerance = None if form.tolerance is None else job.section.tolerance or form.tolerance
     files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
     certificate: dict[str, Any] = {
@@ -91,12 +118,18 @@ def _certificate(job: Job, name: str, form: Format, draft: Path, call: Call, ori
         **found,
         "metric": job.task.metric.name,
         "metric_before": metric_before,
-        "metric_after": task_metric(job.task, job.network, call, job.section.samples),
-        "metric_samples": job.section.samples or len(job.task.valid),
+        "metric_after": metric_after,
+        "metric_samples": counted,
         "opened_with": form.opened_with(),
         "bytes": sum(path.stat().st_size for path in files),
         "files": {str(path.relative_to(draft)): digest(path) for path in files},
-        "network": {"stage": origin.stage, "sha256": origin.weights, "shape": job.network.config.model_dump(mode="json")},
+        "network": {
+            "stage": origin.stage,
+            "seed": origin.seed,
+            "step": origin.step,
+            "sha256": origin.weights,
+            "shape": job.network.config.model_dump(mode="json"),
+        },
         "versions": {"python": platform.python_version(), **{library: _installed(library) for library in LIBRARIES}},
     }
     if name.startswith("onnx"):
@@ -114,7 +147,7 @@ def _beside_fp32(job: Job, draft: Path, call: Call) -> dict[str, Any]:
         word: measure_latency(partial(run, one), repeats=30, warmup=5)["p50_ms"]
         for word, run in (("int8", call), ("fp32", open_onnx(place)))
     }
-    sizes = {word: (folder / FILE).stat().st_size for word, folder in (("int8", draft), ("fp32", place))}
+    sizes = {word: sum(path.stat().st_size for path in folder.glob(f"{FILE}*")) for word, folder in (("int8", draft), ("fp32", place))}
     return {"latency_ms": timed, "latency_shape": list(next(iter(one.values())).shape), "model_bytes": sizes}
 
 
@@ -129,7 +162,7 @@ def _require(certificate: dict[str, Any], name: str, section: ExportSection) -> 
             )
         return
     before, after = certificate["metric_before"], certificate["metric_after"]
-    if before is not None and after is not None and not before - after <= section.int8_drop:
+    if not before - after <= section.int8_drop:
         raise UserError(
             f"export: {name} loses {before - after:.2f} points of {certificate['metric']} ({before:.2f} to {after:.2f}), more than "
             f"export.int8_drop {section.int8_drop:g}; nothing was written; train with finetune.int8, or calibrate on more samples"

@@ -80,6 +80,10 @@ class ImitateSection(Section):
     """Batches whose activations are kept, in `cache` and by bottom_up with frozen blocks below, and gone through again; 0: all steps."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0: ten in the stage."""
+    checkpoint_keep: int = Field(2, ge=1)
+    """How many of the last checkpoints stay; of one alone nothing is left if it is damaged."""
+    checkpoint_keep_every: int = Field(0, ge=0)
+    """After every so many steps there is a checkpoint that stays for good; 0: none."""
     log_every: int = Field(20, ge=1)
     """Steps between log records."""
 

@@ -6,16 +6,18 @@ One process is a plan of one span. There is no barrier between spans: each recei
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice, repeat
+from itertools import accumulate, islice, repeat
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from wtn_pretrain.checkpoint.keeping import keep_of, rhythm_of
 from wtn_pretrain.data.stream import BatchStream, Dataset
 from wtn_pretrain.device import device, to_device
 from wtn_pretrain.errors import Preempted, UserError
-from wtn_pretrain.imitation.checkpoint import Checkpoints, Position
+from wtn_pretrain.imitation.checkpoint.checkpoints import Checkpoints
+from wtn_pretrain.imitation.checkpoint.manifest import Position
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.imitator import Entry, Imitator
 from wtn_pretrain.imitation.learner import zero_stage
@@ -27,10 +29,11 @@ from wtn_pretrain.imitation.store import ActivationStore
 from wtn_pretrain.imitation.taught import Taught, TaughtUnit
 from wtn_pretrain.imitation.wiring import Wiring
 from wtn_pretrain.models.base import Carry, Flow, Taps
-from wtn_pretrain.parallel.launch import Place, shared_store
+from wtn_pretrain.parallel.launch import Place, shared_store, wait_for_rank
 from wtn_pretrain.parallel.preemption import Departure, Notice
 from wtn_pretrain.parallel.relay import Outbox
 from wtn_pretrain.training.monitor import Monitor
+from wtn_pretrain.training.offending import name_samples
 
 START, SAVE, FILL = 300.0, 600.0, 600.0
 """Seconds without a mark that the start of a phase (optimizers are made, moments loaded), a checkpoint and the storing of a unit's
@@ -65,27 +68,50 @@ class Run:
         taught: Taught | None = None,
         stage: str = "narrow",
         notice: Notice | None = None,
+        identity: Mapping[str, int | str] | None = None,
     ) -> None:
         """`stream` gives this rank's rows of the micro-batches; only the ranks of the first span read it. `taught`: the teacher's
-        answers where they are known. `notice`: on which the run is left early."""
+        answers where they are known. `notice`: on which the run is left early. `identity`: what else a checkpoint must have in common
+        with this run to be continued."""
         self.imitator, self.phases, self.stream, self.folder, self.stage = imitator, phases, stream, folder, stage
         self.wiring = wiring or Wiring(single(len(imitator.units)), Place(0, 1), stream.micro_batch_size)
         self.taught, self._observer = taught, imitator.observer
         self.total = sum(phase.steps for phase in phases)
         section = imitator.section
-        self.every = section.checkpoint_every or max(1, self.total // 10)
+        self.rhythm = rhythm_of(section, self.total)
         store = shared_store(self.wiring.place)
-        self.checkpoints = Checkpoints(folder / "checkpoints")
-        self._arrived = lambda name: store.add(f"saved-{name}", 1)
-        self._unsaid: list[tuple[int, Position]] = []
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints",
+            imitator,
+            self.wiring,
+            store,
+            identity={
+                "stage": stage,
+                "data_seed": stream.seed,
+                "samples": len(stream.dataset),
+                "batch_size": stream.batch_size,
+                "micro_batch_size": stream.micro_batch_size,
+                "schedule": section.schedule,
+                "phases": len(phases),
+                "steps": self.total,
+                "optimizer": section.optimizer.name,
+                **(identity or {}),
+            },
+            starts=list(accumulate((phase.steps for phase in phases[:-1]), initial=0)),
+            keep=keep_of(section),
+        )
         self._whole = 0
         """The step after which all units stand at one step again."""
+        self._odd: list[Tensor] = []
+        """Of the steps since losses were last looked at: for each unit whether its loss is not finite."""
         self._departure = Departure(notice, self.wiring.place) if notice else None
-        self.position = self.checkpoints.latest()
         self.first_phase, self.first_step = 0, 0
-        if self.position:
-            self._continue_from(self.position)
+        position = self.checkpoints.newest()
+        if position:
+            self._continue_from(position)
+        self.checkpoints.begin(position)
         start = sum(phase.steps for phase in phases[: self.first_phase]) + self.first_step
+        self._begun = start
         self.monitor = Monitor(folder, stage, self.total, start=start, log_every=section.log_every, rank=self.wiring.place.rank)
         self.progress = Progress(self.monitor, self.wiring, store, start, self.total, stream.batch_size, section.log_every)
 
@@ -105,13 +131,18 @@ class Run:
                 continue
             with self._observer.allow(START, "start"):
                 self.imitator.begin(phase)
-                if start and self.position is not None:
-                    self.checkpoints.restore_optimizers(self.position, self.imitator)
-            if phase.cached and number and not start:
-                # this unit gives up the activations that the one below started from: no start may go back there
+                if start:
+                    self.checkpoints.restore_optimizers()
+            if phase.cached and number and not start and number != self.first_phase:
+                # this unit gives up the activations that the one below started from: a start that goes back there makes them anew
                 self._save(number, 0)
+                with self._observer.allow(SAVE, "save"):
+                    self.checkpoints.wait()
+            if phase.cached and before + start == self._begun:
+                self._drop_stores(phase)
             run = self._cached(phase, before, start) if phase.cached else self._streamed(phase, before, start, outbox)
             began = time.monotonic()
+            self._odd.clear()
             sums: list[Tensor] = []
             for micro, (losses, rate) in enumerate(run):
                 step, k = start + micro // self.stream.accumulation, micro % self.stream.accumulation
@@ -119,14 +150,20 @@ class Run:
                 if k < self.stream.accumulation - 1:
                     continue
                 self.imitator.work.seconds += time.monotonic() - began
+                if sums:
+                    # looked at when the losses are, so that the device is not waited for
+                    self._odd.append(~torch.isfinite(torch.stack(sums)))
                 done = step + 1
                 leaving = before + done == self._whole < self.total and self._departure is not None and self._departure.due(self._whole)
-                saving = leaving or (before + done) % self.every == 0 or before + done == self.total
+                saving = self.rhythm.due(before + done)
                 reported = self.progress.logs(before + done)
-                values = self._losses(phase, before + done, sums) if reported or saving or done == phase.steps else {}
+                looked = reported or saving or leaving or done == phase.steps
+                values = self._losses(phase, before + done, sums) if looked else {}
                 self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None, now=leaving)
                 self._say_saved()
-                if saving:
+                # all ranks save the same steps: one that others have passed already is none of them
+                leaving = leaving and self._together(before + done)
+                if saving or leaving:
                     self._save(number, done)
                 if leaving:
                     self._leave(before + done)
@@ -137,22 +174,28 @@ class Run:
             with self._observer.output(self.wiring.above.ranks):
                 outbox.close()
         self._all_reported(self.total)
-        self.monitor.close()
+        self._close()
         shutil.rmtree(self.folder / "activations", ignore_errors=True)
-        last = len(self.phases) - 1
-        return Position(last, self.phases[last].steps, str(self.wiring.plan), zero_stage(self.imitator.section))
+        last = Position(len(self.phases) - 1, self.phases[-1].steps, str(self.wiring.plan), zero_stage(self.imitator.section))
+        with self._observer.waiting():
+            # replicas may be late with their part of it
+            wait_for_rank(lambda: self.checkpoints.whole(last))
+        return last
 
-    def _leave(self, step: int) -> None:
-        """Ends the run here, unless a rank has gone on."""
+    def _together(self, step: int) -> bool:
+        """Whether all ranks leave after this step; if not, one has gone on."""
         assert self._departure is not None
         with self._observer.waiting():
-            together = self._departure.together(step)
-        if together:
-            self._all_reported(step)
-            self.monitor.close()
-            with self._observer.waiting():
-                self._departure.finish()
-            raise Preempted(f"{self.stage}: left after step {step} of {self.total} on {self._departure.why}, all saved")
+            return self._departure.together(step)
+
+    def _leave(self, step: int) -> None:
+        """Ends the run here."""
+        assert self._departure is not None
+        self._all_reported(step)
+        self._close()
+        with self._observer.waiting():
+            self._departure.finish()
+        raise Preempted(f"{self.stage}: left after step {step} of {self.total} on {self._departure.why}, all saved")
 
     def _all_reported(self, step: int) -> None:
         """Waits, on the first rank, until all spans have reported `step`, and lets checkpoints count."""
@@ -164,14 +207,17 @@ class Run:
 
     def _save(self, phase: int, step: int) -> None:
         with self._observer.allow(SAVE, "save"):
-            position = self.checkpoints.save(phase, step, self.imitator, self.wiring)
-        self._unsaid.append((sum(earlier.steps for earlier in self.phases[:phase]) + step, position))
+            self.checkpoints.save(phase, step)
         self._say_saved()
 
     def _say_saved(self) -> None:
         """Lets checkpoints count whose steps have been written down: a start from one never misses a record before it."""
-        while self._unsaid and self._unsaid[0][0] <= self.progress.reported:
-            self.checkpoints.arrive(self._unsaid.pop(0)[1], self.wiring, self._arrived)
+        self.checkpoints.settle(self.progress.reported)
+
+    def _close(self) -> None:
+        with self._observer.allow(SAVE, "save"):
+            self.checkpoints.close()
+        self.monitor.close()
 
     def _streamed(self, phase: Phase, before: int, start: int, outbox: Outbox | None) -> Iterator[tuple[list[Tensor], float]]:
         """The micro-batches of a phase, as they come from the data or from the span below: losses and rate of each, when it is done."""
@@ -206,7 +252,7 @@ class Run:
                 step += 1
                 continue
             # a visit may not go past a checkpoint, where all units stand at one step
-            until = min(step + self.imitator.section.offload_batches, phase.steps, self._next_save(before + step) - before)
+            until = min(step + self.imitator.section.offload_batches, phase.steps, self.rhythm.next(before + step) - before)
             self._whole = before + until
             count = (until - step) * accumulation
             visitors = list(islice(entries, count))
@@ -215,9 +261,6 @@ class Run:
             for micro, losses in enumerate(visited):
                 yield losses, self.imitator.rate(phase, step + micro // accumulation)
             step = until
-
-    def _next_save(self, done: int) -> int:
-        return (done // self.every + 1) * self.every
 
     def _relays(self, phase: Phase, upwards: bool) -> bool:
         """Whether something has to come to this span from the data or the one below, or (`upwards`) go to the one above.
@@ -241,6 +284,12 @@ class Run:
         fed_by_one = teacher_in is None or student_in is None or teacher_in.folder == student_in.folder
         target_store = ActivationStore(self._place("teacher", index), batches)
         kept = self.taught is None and (index < len(self.imitator.units) - 1 or batches < phase.steps * accumulation)
+        if kept and start and not target_store.begun:
+            # they were given up when a later unit began, and all checkpoints of that one are damaged
+            with self._observer.allow(FILL, "store"):
+                target_store.refill(
+                    min(start * accumulation, batches), lambda position: self.imitator.teach(unit, self._flow(teacher_in, position))[0]
+                )
         for micro in range(start * accumulation, phase.steps * accumulation):
             self._whole = self._observer.step = before + micro // accumulation + 1
             position = micro % batches
@@ -264,22 +313,44 @@ class Run:
         """Stores of what enters unit `index` on both sides, each made by one pass over the unit below; None at the stem: the data."""
         if index == 0:
             return None, None
-        below = self.imitator.units[index - 1]
-        teacher = self._store("teacher", index - 1, batches)
-        if isinstance(teacher, ActivationStore) and not teacher.complete:
-            # only the stem can be missing here: every other unit stored its teacher's outputs while it learned
-            source = None if index == 1 else self._store("teacher", index - 2, batches)
-            with self._observer.allow(FILL, "store"):
-                self._fill(teacher, batches, lambda position: self.imitator.teach(below, self._flow(source, position))[0])
-        student = teacher if fed == "teacher" else self._store("student", index - 1, batches)
-        if isinstance(student, ActivationStore) and not student.complete:
-            below.learn(False)
-            source = None if index == 1 else self._store("student", index - 2, batches)
-            with self._observer.allow(FILL, "store"):
-                self._fill(student, batches, lambda position: self.imitator.answer(below, self._flow(source, position)))
+        teacher = self._filled("teacher", index - 1, batches)
+        student = teacher if fed == "teacher" else self._filled("student", index - 1, batches)
         for kind in ("teacher", "student"):
             ActivationStore(self._place(kind, index - 2), batches).remove()
         return teacher, student
+
+    def _filled(self, kind: str, index: int, batches: int) -> Stored | None:
+        """The outputs of unit `index` on one side, made from those of the unit below where they are missing; None below the stem: the data.
+
+        Only the stem's and the last finished student's are missing, but after a start that went back to a checkpoint whose stores are gone.
+        """
+        if index < 0:
+            return None
+        store = self._store(kind, index, batches)
+        if isinstance(store, ActivationStore) and not store.complete:
+            source = self._filled(kind, index - 1, batches)
+            unit = self.imitator.units[index]
+            if kind == "student":
+                unit.learn(False)
+
+            def make(position: int) -> Carry:
+                flow = self._flow(source, position)
+                return self.imitator.teach(unit, flow)[0] if kind == "teacher" else self.imitator.answer(unit, flow)
+
+            with self._observer.allow(FILL, "store"):
+                self._fill(store, batches, make)
+            if index > 1:
+                # the stem's may be those of both sides
+                ActivationStore(self._place(kind, index - 1), batches).remove()
+        return store
+
+    def _drop_stores(self, phase: Phase) -> None:
+        """Removes the outputs of units that the phase from which this start goes on has still to train, or to ask."""
+        (index,) = phase.losses
+        for unit in range(index, len(self.imitator.units)):
+            ActivationStore(self._place("student", unit), 0).remove()
+            if unit > index:
+                ActivationStore(self._place("teacher", unit), 0).remove()
 
     def _place(self, kind: str, unit: int) -> Path:
         # a stem that was copied has one output, not two
@@ -309,19 +380,33 @@ class Run:
         return Carry(carry.hidden.to(here), tuple(tensor.to(here) for tensor in carry.context))
 
     def _losses(self, phase: Phase, step: int, sums: list[Tensor]) -> dict[int, float]:
-        """The loss of every unit of this span over all replicas, or a refusal that names the unit whose is not finite."""
+        """The loss of every unit of this span over all replicas, or a refusal that names the unit and step whose is not finite."""
         mine = [unit.index for unit in self.imitator.units if unit.index in phase.losses]
         if not mine:
             return {}
         values = self.imitator.replicas.sum(torch.stack(sums).float() / self.stream.accumulation).cpu()
         if not bool(torch.isfinite(values).all()):
-            unit = mine[int((~torch.isfinite(values)).nonzero()[0])]
-            name = "the stem" if unit == 0 else f"unit {unit}"
-            raise UserError(
-                f"{self.stage}: the imitation loss of {name} is not finite at step {step}; "
-                "lower narrow.optimizer.lr or narrow.clip under another --run.name"
-            )
+            odd = self.imitator.replicas.sum(torch.stack(self._odd).float()).nonzero()
+            since, number = odd[0].tolist() if len(odd) else (len(self._odd) - 1, 0)
+            raise self._not_finite(phase, step - len(self._odd) + 1 + since, mine[number])
+        self._odd.clear()
         return dict(zip(mine, values.tolist(), strict=True))
+
+    def _not_finite(self, phase: Phase, step: int, unit: int) -> UserError:
+        """What is said of a step (from 1, over all phases) at which the loss of a unit is not finite: the step's samples are named too."""
+        batch = step - 1
+        if phase.cached:
+            before = sum(earlier.steps for earlier in self.phases[: self.phases.index(phase)])
+            batch = (batch - before) % min(self.imitator.section.cache_batches or phase.steps, phase.steps)
+        elif self.taught is not None:
+            batch %= self.taught.batches // self.stream.accumulation
+        name = "the stem" if unit == 0 else f"unit {unit}"
+        what = f"the imitation loss of {name} is not finite"
+        path = name_samples(self.folder, self.stage, step, what, [(step, batch)], self.stream)
+        return UserError(
+            f"{self.stage}: {what} at step {step}; its samples are named in {path}; look at them, or lower narrow.optimizer.lr or "
+            "narrow.clip under another --run.name"
+        )
 
     def _continue_from(self, position: Position) -> None:
         plan, zero = str(self.wiring.plan), zero_stage(self.imitator.section)
@@ -338,5 +423,5 @@ class Run:
                 f"or remove the folder to start {self.stage} again"
             )
         with self._observer.allow(START, "restore"):
-            self.checkpoints.restore(position, self.imitator, first=self.wiring.place.rank == 0)
+            self.checkpoints.restore()
         self.first_phase, self.first_step = position.phase, position.step

@@ -10,7 +10,7 @@ from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.units import Unit
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
 from wtn_pretrain.parallel.replicas import Replicas
-from wtn_pretrain.training.engine import average_with_others, filled_config, read_deepspeed_json
+from wtn_pretrain.training.engine import average_only_with_others, filled_config, read_deepspeed_json
 from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
 
 
@@ -37,7 +37,7 @@ class Learner:
         parameters = [parameter for unit in units for parameter in unit.own_parameters()]
         optimizer = make_optimizer(section.optimizer, decay_groups(parameters, section.optimizer.weight_decay))
         self._engine, *_ = deepspeed.initialize(model=_Parameters(parameters), optimizer=optimizer, config=config, mpu=replicas)
-        average_with_others(self._engine, replicas.count)
+        average_only_with_others(self._engine, replicas.count)
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:

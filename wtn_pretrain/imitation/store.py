@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import Carry
+
+_REFILLING = "refilling"
 
 
 class Layout(TypedDict):
@@ -29,12 +32,20 @@ class ActivationStore:
     def __init__(self, folder: Path, batches: int) -> None:
         self.folder, self.batches = folder, batches
         self._files: list[Tensor] = []
+        if (folder / _REFILLING).exists():
+            # of a start that ended meanwhile: what is there has holes
+            self.remove()
         if (folder / "layout.json").exists():
             self._open(json.loads((folder / "layout.json").read_text(encoding="utf-8")))
 
     @property
     def complete(self) -> bool:
         return (self.folder / "complete").exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the batches up to the one that is to be written next are there."""
+        return bool(self._files)
 
     def write(self, index: int, carry: Carry) -> None:
         """Stores the carry of batch `index`."""
@@ -49,12 +60,22 @@ class ActivationStore:
         hidden, *context = (file[index] for file in self._files)
         return Carry(hidden, tuple(context))
 
+    def refill(self, batches: int, make: Callable[[int], Carry]) -> None:
+        """Writes the first `batches` anew, which `make` gives by index, into a store that is not begun."""
+        write_text(self.folder / _REFILLING, "")
+        for index in range(batches):
+            self.write(index, make(index))
+        (self.folder / _REFILLING).unlink()
+
     def finish(self) -> None:
         """Marks every batch as written."""
         write_text(self.folder / "complete", "")
 
     def remove(self) -> None:
         self._files = []
+        # first what says that there is something: a start that ends meanwhile must not leave a part that seems whole
+        for mark in ("complete", "layout.json"):
+            (self.folder / mark).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _reserve(self, tensors: tuple[Tensor, ...]) -> None:

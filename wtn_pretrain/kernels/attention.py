@@ -1,9 +1,10 @@
 """Attention by torch's fused operator, and attention within the documents of packed rows.
 
-A masked softmax of our own is not worth its while: `F.scaled_dot_product_attention` never stores the scores, on the CPU (mask and all)
+A masked softmax of our own is seldom worth its while: `F.scaled_dot_product_attention` never stores the scores, on the CPU (mask and all)
 as on accelerators, where unmasked attention runs in flash or cuDNN kernels and masked attention in the memory-efficient one. What it
 lacks is packed rows: a block-diagonal mask makes it compute, and mask away, every pair of documents. There the variable-length kernels
-of `torch.nn.attention.varlen` or of flash-attn take over, for which a batch is one long row of documents and their offsets.
+of `torch.nn.attention.varlen` or of flash-attn take over, for which a batch is one long row of documents and their offsets. And dropout
+on the CPU: there it goes through torch's single operations, and `_Dropped` does the same in fewer passes, with the fast dropout.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wtn_pretrain.kernels.dropout import by_words, draw_seed, gain, kept
 from wtn_pretrain.kernels.live import live
 
 
@@ -29,6 +31,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     Returns:
         [B, H, S, K].
     """
+    if dropout and query.dtype is torch.float32 and by_words(query, dropout):
+        return _Dropped.apply(query, key, value, None if mask is None else _added(mask), dropout)
     if mask is None or mask.dtype is torch.bool:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     implementation = live("documents", query)
@@ -73,6 +77,56 @@ def documents(segments: Tensor) -> Documents:
     found = Documents(offsets, int(offsets.diff().max()) if len(starts) else 0)
     segments._documents = (version, found)  # type: ignore[attr-defined]
     return found
+
+
+def _added(mask: Tensor) -> Tensor | None:
+    """What a mask, bool or int as of `attend`, adds to scores, fp32 [B, 1, 1 or S, S]; None: nothing. It remembers its answer."""
+    known = getattr(mask, "_added", None)
+    version = 0 if mask.is_inference() else mask._version
+    if known is not None and known[0] == version:
+        return known[1]
+    seen = mask if mask.dtype is torch.bool else same_document(mask)
+    # finite, so that a position that sees none has no softmax of nothing; exp() of it is 0 beside any other score
+    found = None if seen.all() else torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
+    mask._added = (version, found)  # type: ignore[attr-defined]
+    return found
+
+
+class _Dropped(torch.autograd.Function):
+    """softmax(query key' / sqrt(K) + added), some of its weights dropped, times value. Stores the weights, and of the dropout a seed."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, added: Tensor | None, p: float) -> Tensor:
+        batch, heads, length, size = query.shape
+        ctx.seed, ctx.p, ctx.scale = draw_seed(), p, size**-0.5
+        q, k, v = (x.reshape(batch * heads, -1, size) for x in (query, key, value))
+        scores = _product(q, k.mT, ctx.scale)
+        if added is not None:
+            scores.view(batch, heads, length, -1).add_(added)
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, weights)
+        mixed = _product(kept(ctx.seed, weights, p).mul_(weights), v, gain(p))
+        return mixed.view(query.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_mixed: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        shape, of_mixed = of_mixed.shape, of_mixed.reshape(q.shape)
+        keeps = kept(ctx.seed, weights, ctx.p)
+        of_weights = _product(of_mixed, v.mT, gain(ctx.p)).mul_(keeps)
+        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        found = (
+            _product(of_scores, k, ctx.scale),
+            _product(of_scores.mT, q, ctx.scale),
+            _product(keeps.mul_(weights).mT, of_mixed, gain(ctx.p)),
+        )
+        return *(x.view(shape) for x in found), None, None
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b for [N, R, C] and [N, C, D], in one pass."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def why_no_varlen(device: torch.device) -> str | None:

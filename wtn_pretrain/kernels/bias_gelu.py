@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wtn_pretrain.kernels.jit import blocks, jit, tl
+from wtn_pretrain.kernels.linear import linear
 from wtn_pretrain.kernels.live import live
 
 
@@ -26,8 +27,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x weight' + bias): [..., D], [F, D] and [F] to [..., F]."""
     if live("bias_gelu", x) == "triton":
-        return bias_gelu(F.linear(x, weight), bias)
-    return F.gelu(F.linear(x, weight, bias))
+        return bias_gelu(linear(x, weight), bias)
+    return F.gelu(linear(x, weight, bias))
 
 
 def reference(x: Tensor, bias: Tensor) -> Tensor:

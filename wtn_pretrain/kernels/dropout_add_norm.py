@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wtn_pretrain.kernels.dropout import draw_seed, dropout
 from wtn_pretrain.kernels.jit import blocks, jit, power_of_two, tl
 from wtn_pretrain.kernels.live import live
 from wtn_pretrain.kernels.precision import as_written
@@ -68,12 +69,6 @@ def reference(
     return _norm(total, weight, norm_bias, eps), total
 
 
-def draw_seed() -> int:
-    """A seed for a dropout, from torch's generator of the CPU."""
-    # odd and beyond 32 bits: for numbers that are even or small Triton would compile anew
-    return int(torch.randint(2**32, 2**62, ())) | 1
-
-
 def kept_by(seed: int, rows: int, columns: int, p: float) -> Tensor:
     """What the Triton form's dropout keeps, bool [rows, columns] on the CPU, computed here by torch from the generator's definition.
 
@@ -107,7 +102,7 @@ def _added(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, kept: Ten
     if kept is not None:
         x = x.masked_fill(~kept, 0) / (1 - p)
     elif p:
-        x = F.dropout(x, p)
+        x = dropout(x, p)
     return residual + x
 
 

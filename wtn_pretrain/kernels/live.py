@@ -8,7 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPERATIONS = ("bias_gelu", "dropout_add_norm", "attention", "documents", "linear_cross_entropy", "bridge_energy", "convolution")
+OPERATIONS = (
+    "linear",
+    "bias_gelu",
+    "dropout",
+    "dropout_add_norm",
+    "attention",
+    "documents",
+    "linear_cross_entropy",
+    "bridge_energy",
+    "convolution",
+)
 """`documents` is attention within the documents of packed rows."""
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,11 +13,12 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.kernels import attention, jit
 from wtn_pretrain.kernels import linear_cross_entropy as cross_entropy
 from wtn_pretrain.kernels.dropout_add_norm import apex_norm
+from wtn_pretrain.kernels.linear import why_no_onednn
 from wtn_pretrain.kernels.live import Choice, Implementation, use
 
 Kernels = Literal["auto", "torch", "triton", "apex"]
-"""`auto`: the best that works here, op by op (on the CPU that is torch); `torch`: nothing else; `triton`: this package's own kernels;
-`apex`: NVIDIA's LayerNorm, and torch for the rest."""
+"""`auto`: the best that works here, op by op (on CPUs torch, oneDNN, fast dropout); `torch`: nothing else; `triton`: this package's own
+kernels; `apex`: NVIDIA's LayerNorm, and torch for the rest."""
 
 APEX = ("fused_layer_norm_cuda", "amp_C")
 """Modules that NVIDIA's apex compiles."""
@@ -58,6 +59,12 @@ def choose(kernels: Kernels, on: torch.device | None = None) -> Choice:
         operations |= {name: Implementation("triton", f"asked for: {what}") for name, what in FUSED.items()}
     elif kernels == "auto" and device.type != "cpu":
         operations |= _best(device, no_apex)
+    elif kernels == "auto":
+        operations["dropout"] = Implementation("sfc64", "a random word for four elements, drawn again in the backward pass")
+        if (no_onednn := why_no_onednn(device)) is None:
+            operations["linear"] = Implementation("onednn", "oneDNN where a layer is large")
+        else:
+            operations["linear"] = Implementation("torch", f"no oneDNN: {no_onednn}")
     if device.type != "cpu":
         operations["documents"] = _documents(device, others=kernels == "auto")
     return Choice(kernels, device.type, operations, tuple(notes))
@@ -109,7 +116,9 @@ def _plain() -> dict[str, Implementation]:
     """torch for everything, chunks included."""
     why = "torch's own operations"
     return {
+        "linear": Implementation("torch", why),
         "bias_gelu": Implementation("torch", why),
+        "dropout": Implementation("torch", why),
         "dropout_add_norm": Implementation("torch", why),
         "attention": Implementation("sdpa", "torch's fused attention: no scores are stored"),
         "documents": Implementation("sdpa", "a block-diagonal mask"),

@@ -1,10 +1,12 @@
 """Weights under somebody else's names, brought under ours with nothing missing, left over or of another shape."""
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from wtn_pretrain.config import validate
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockConfig
 
@@ -12,6 +14,26 @@ LISTED = 12
 """Keys of one kind that a refusal writes out; of more, it says how many."""
 COUNTER = "num_batches_tracked"
 """A batch norm's count of batches, which files of torch before 0.4.1 lack and inference never reads."""
+
+C = TypeVar("C", bound=BlockConfig)
+
+
+def told(family: type[C], source: str, keys: Mapping[str, Any]) -> C:
+    """The shape that somebody else's settings or tensors tell.
+
+    Raises:
+        UserError: there is no such network; names `source` and the key.
+    """
+    try:
+        config = validate(family, keys)
+    except UserError as error:
+        raise UserError(f"{source}: tells the shape of no network ({error}); give one with its own, unchanged settings") from None
+    for key in keys:
+        value = getattr(config, key)
+        # 0 stands for what the data decides, in a recipe
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise UserError(f"{source}: tells the shape of no network ({key} is {value}); give one with its own, unchanged settings")
+    return config
 
 
 def convert(theirs: Mapping[str, Tensor], names: Mapping[str, str], config: BlockConfig, source: str) -> dict[str, Tensor]:

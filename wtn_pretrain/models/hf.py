@@ -64,6 +64,6 @@ def from_hf_state(hf: Any, theirs: Mapping[str, Tensor], source: str) -> tuple[B
     for family in families():
         adapter = _adapter(family)
         if hf.model_type in adapter.MODEL_TYPES:
-            config = adapter.shape(hf, theirs.keys())
+            config = adapter.shape(hf, theirs.keys(), source)
             return config, convert(adapter.canonical(theirs, config, source), adapter.names(config), config, source)
     raise UserError(f"{source}: no block network for Hugging Face's {hf.model_type!r}; supported: bert, megatron-bert, resnet")

@@ -120,8 +120,25 @@ class Departure:
             known = found
 
 
+def heed_parent_alone(worker: int = 0) -> None:
+    """Makes a data loader's worker (number `worker`) end on these signals only if its parent sends them.
+
+    Batch systems send them to every process of a job, and the rank needs its workers until it has left. Blocks them in this process, so
+    that it works beside torch's own handlers.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parent = os.getppid()
+
+    def heed() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=heed, name="signals", daemon=True).start()
+
+
 def _drop_after_fork() -> None:
-    # a data loader's worker is ended by these signals
+    # a process of its own making does not leave by steps
     for notice in list(_notices):
         notice.close()
     _notices.clear()

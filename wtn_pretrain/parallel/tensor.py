@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wtn_pretrain.device import device
+from wtn_pretrain.kernels.dropout import Dropout
+from wtn_pretrain.kernels.linear import linear
 
 SEQUENCE = 1
 """The axis of positions."""
@@ -109,7 +111,7 @@ class ColumnLinear(nn.Module):
         self.bias = _shard(linear.bias, 0, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -123,7 +125,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # the bias once, not once a rank
-        return self._ranks.leave(F.linear(x, self.weight)) + self._ranks.shared(self.bias)
+        return self._ranks.leave(linear(x, self.weight)) + self._ranks.shared(self.bias)
 
 
 class SharedNorm(nn.LayerNorm):
@@ -138,7 +140,7 @@ class SharedNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self._ranks.shared(self.weight), self._ranks.shared(self.bias), self.eps)
 
 
-class PartDropout(nn.Dropout):
+class PartDropout(Dropout):
     """Dropout of a hidden state of which each rank may have a part."""
 
     def __init__(self, dropout: nn.Dropout, ranks: Ranks) -> None:

@@ -24,13 +24,12 @@ from typing import Any
 
 import torch.distributed
 
+from wtn_pretrain.again import AGAIN
 from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.parallel.circle import Seat, join
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.verdict import ALL, Beat, Pace, Verdict, state_of, this_process
 
-CULPRIT_EXIT = 75
-"""The exit code of a run that one of its ranks has ended (EX_TEMPFAIL): the same command continues it."""
 MISTAKE_EXIT = 2
 INTERRUPT_EXIT = 128 + signal.SIGINT
 TERM_EXIT = 128 + signal.SIGTERM
@@ -50,7 +49,7 @@ class Watch:
 
     Made by every rank at the same place in its work, on its main thread, within `patience` seconds of one another. `names[r]` is how
     rank r is called: 'rank 1 (units 4-6)'. A rank hangs or has fallen behind after `patience` seconds (see `verdict.Pace`), and is
-    given up `patience` seconds after it was last heard. Then every rank exits with `CULPRIT_EXIT`, and one line on standard error says
+    given up `patience` seconds after it was last heard. Then every rank exits with `AGAIN`, and one line on standard error says
     why. Ranks may wait for one another, as in a long collective, for `together` seconds (None: `patience`). With `stacks`, a folder, every
     rank leaves the stacks of its threads there; without, the one that hangs shows its own.
 
@@ -270,7 +269,7 @@ class Watch:
             # a stopped process would hold up its launcher for half a minute
             with contextlib.suppress(OSError):
                 os.kill(process.pid, signal.SIGKILL)
-        self._leave(CULPRIT_EXIT)
+        self._leave(AGAIN)
 
     def _leave(self, code: int) -> None:
         self._leaving = True

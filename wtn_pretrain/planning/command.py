@@ -128,7 +128,7 @@ def read_job(config: str, assignments: list[str]) -> Job:
         recipe = recipe.model_copy(update={"model": adapted(recipe.model, recipe.wide_model())})
     thin, length = _completed(recipe, assumed)
     if recipe.wide.teacher:
-        wide = wide_shape(thin, recipe.wide.teacher, recipe.wide.teacher_pickle)
+        wide = wide_shape(thin, recipe.wide.teacher, recipe.wide.teacher_pickle, recipe.wide.teacher_heads)
     else:
         wide = thin.widen(recipe.widen.inner, recipe.widen.outer, recipe.widen.blocks or None)
     pairing = pair(thin, wide, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)

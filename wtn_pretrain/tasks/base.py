@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ class Task(ABC):
     """Of sequences; None for what is none."""
     lengths: Lengths = ()
     """Of the shorter sequences that come first."""
+    identity: Mapping[str, str] = MappingProxyType({})
+    """What a checkpoint notes of the data beside its number of samples, and must find again."""
 
     @abstractmethod
     def complete(self, config: BlockConfig) -> BlockConfig:

@@ -34,8 +34,8 @@ class ClassifyTask(Task):
 
     metric = Metric("top-1 accuracy", "%", True)
 
-    def __init__(self, section: ClassifySection, data: ImageData) -> None:
-        splits = open_images(data)
+    def __init__(self, section: ClassifySection, data: ImageData, cache: Path | None = None) -> None:
+        splits = open_images(data, cache)
         self.splits, self.data = splits, data
         self.train, self.valid = splits.train, splits.valid
         self.smoothing = section.label_smoothing

@@ -57,6 +57,7 @@ class MlmTask(Task):
             )
         splits = open_text(data, cache)
         self.tokenizer: PreTrainedTokenizerBase = splits.tokenizer
+        self.identity = {"data": splits.identity} if splits.identity else {}
         masker = Masker(splits.tokenizer, probability=section.mask_probability, whole_word=section.whole_word, span=section.span)
         if isinstance(splits.train, PackedText):
             _announce(splits.train)

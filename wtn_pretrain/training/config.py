@@ -80,8 +80,19 @@ class TrainSection(Section):
     """Steps between validations; 0: only at the end."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0: ten in a run."""
+    checkpoint_keep: int = Field(2, ge=1)
+    """How many of the last checkpoints stay; of one alone nothing is left if it is damaged."""
+    checkpoint_keep_every: int = Field(0, ge=0)
+    """After every so many steps there is a checkpoint that stays for good; 0: none."""
     log_every: int = Field(20, ge=1)
     """Steps between log records."""
+    max_skipped: int = Field(3, ge=0)
+    """Steps in a row that may be left out as their loss or gradient is not finite; one more ends the run. 0: the first one does."""
+    spike: float = Field(0.0, ge=0)
+    """Robust standard deviations above the median of the last 64 losses from which a loss is a spike: recorded, with its samples; 0: off.
+    Looking costs a reduction over the ranks a step, for which the host waits."""
+    spike_rollbacks: int = Field(0, ge=0)
+    """How often a stage goes back to its newest checkpoint on a spike, and past the batches since; further spikes are only recorded."""
     patience: float = Field(600.0, ge=1)
     """Seconds without progress in a step after which a rank counts as hung and the run ends; a dead or stopped one is noticed in 30."""
 
@@ -98,6 +109,8 @@ class TrainSection(Section):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError("sequence_parallel divides positions over the ranks of tensor_parallel, which is 1; raise that or turn it off")
+        if self.spike_rollbacks and not self.spike:
+            raise ValueError(f"spike_rollbacks {self.spike_rollbacks} needs to know what a spike is; set spike, to 10 for example")
         if self.ema and self.tensor_parallel > 1:
             raise ValueError("ema keeps averages of whole layers, which tensor_parallel divides; use one of the two")
         if self.ema and self.precision in ("bf16_weights", "fp16"):

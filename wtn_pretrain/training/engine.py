@@ -12,10 +12,10 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
 from wtn_pretrain.parallel.tensor import whole as whole_of
+from wtn_pretrain.screen import say
 from wtn_pretrain.training.activations import checkpoint_blocks
 from wtn_pretrain.training.compilation import compile_blocks
 from wtn_pretrain.training.config import OptimizerSection, TrainSection
-from wtn_pretrain.training.monitor import say
 from wtn_pretrain.training.nvme import OwnFolder
 from wtn_pretrain.training.offload import check_buffers, check_offload, offloads, require_compiler
 from wtn_pretrain.training.optimizers import STATES, decay_groups, follow_layers, make_optimizer
@@ -190,7 +190,7 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     optimizer = make_optimizer(section.optimizer, groups, offloaded=offloads(zero))
     folder = OwnFolder(zero)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    average_with_others(engine, world_size)
+    average_only_with_others(engine, world_size)
     folder.go_with(engine)
     follow_layers(engine, optimizer)
     return engine
@@ -204,7 +204,7 @@ def _check_network(config: dict[str, Any], section: TrainSection, stage: str, ne
     check_buffers(config["zero_optimization"], STATES[section.optimizer.name], section.deepspeed)
 
 
-def average_with_others(engine: Any, ranks: int) -> None:
+def average_only_with_others(engine: Any, ranks: int) -> None:
     """Spares an engine whose gradients nobody else has the averaging: DeepSpeed would copy every one into buckets and back."""
     if ranks == 1 and engine.zero_optimization_stage() == 0:
         engine.enable_backward_allreduce = False

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,22 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wtn_pretrain.checkpoint.keeping import keep_of, rhythm_of
 from wtn_pretrain.data.prefetch import on_device
 from wtn_pretrain.data.stream import Batch, batches
 from wtn_pretrain.device import RunAhead, device, peak_flops, peak_memory, to_device
 from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.grid import Grid
-from wtn_pretrain.parallel.launch import Place
+from wtn_pretrain.parallel.launch import Place, wait_for_all
 from wtn_pretrain.parallel.preemption import Departure, Notice
 from wtn_pretrain.parallel.watch import Watch
+from wtn_pretrain.screen import say
 from wtn_pretrain.tasks.base import Task, TaskModule
-from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints
+from wtn_pretrain.training.checkpoint.checkpoints import Checkpoints, Stateful
 from wtn_pretrain.training.config import TrainSection
 from wtn_pretrain.training.ema import Average
-from wtn_pretrain.training.engine import gathered_state, gradient_norm, start_engine
-from wtn_pretrain.training.monitor import Monitor, Work
+from wtn_pretrain.training.engine import gathered_state, start_engine
+from wtn_pretrain.training.guard import Guard, weighed
+from wtn_pretrain.training.monitor import ROLLBACK, Monitor, Work
 from wtn_pretrain.training.schedules import scale
+from wtn_pretrain.training.spikes import Jump
 
 SILENCE = 30.0
 """Seconds after which a rank that is not heard of counts as lost; one that dies is noticed at once."""
@@ -82,6 +86,7 @@ class _Training:
         self, network: BlockNetwork, task: Task, section: TrainSection, stage: str, folder: Path, seed: int, place: Place, watch: Watch
     ) -> None:
         self.network, self.task, self.section, self.stage, self.seed, self.watch = network, task, section, stage, seed, watch
+        self.place = place
         self.grid = grid = Grid(place, section.tensor_parallel, f"{stage}.tensor_parallel")
         self.stream = task.stream(
             section.batch_size,
@@ -103,9 +108,12 @@ class _Training:
             "samples": len(task.train),
             "batch_size": section.batch_size,
             "optimizer": section.optimizer.name,
+            **task.identity,
         }
-        beside = {"average": self.average} if self.average else {}
-        self.checkpoints = Checkpoints(folder / "checkpoints", self.engine, network, place, identity=identity, beside=beside)
+        self.guard = Guard(self.engine, network, section, stage, folder, self.stream)
+        beside: dict[str, Stateful] = {"guard": self.guard, **({"average": self.average} if self.average else {})}
+        keep = keep_of(section)
+        self.checkpoints = Checkpoints(folder / "checkpoints", self.engine, network, place, identity=identity, beside=beside, keep=keep)
         self.start, self.spent = self.checkpoints.resume()
         work = Work(place.world_size, peak_flops(section.products), peak_memory)
         self.monitor = Monitor(folder, stage, section.steps, start=self.start, log_every=section.log_every, rank=place.rank, work=work)
@@ -113,41 +121,52 @@ class _Training:
     def go(self, departure: Departure | None) -> Trained:
         """Trains what is left, evaluates, and gathers the network."""
         section, last = self.section, self.section.steps
-        every = section.checkpoint_every or max(1, last // 10)
+        rhythm = rhythm_of(section, last)
         began = time.monotonic() - self.spent
         self.engine.train()
-        fetched = on_device(self.stream.iterate(self.start, last))
+        step, settled = self.start, False
+        fetched = self._fetched(step)
         pace = RunAhead(HOST_AHEAD)
-        for step in range(self.start, last):
+        while step < last:
             done = step + 1
             # the first step meets the other ranks, and may compile
-            patience = section.patience if step > self.start else START
+            patience = section.patience if settled else START
             self.watch.at("data", done)
             with self.watch.allow(patience, "data"):
                 micro_batches = next(fetched)
                 pace.step()
             leaving = departure is not None and done < last and departure.due(done)
-            saving = leaving or (done % every == 0 and done < last)
+            # after the last step too: what follows may take as long as many steps
+            saving = leaving or rhythm.due(done)
             telling = done % section.log_every == 0 or done == last
             # whoever is late, the others are in a collective with it
-            with self.watch.waiting() if step > self.start else self.watch.allow(START, "step"):
-                sums, told = self._step(step, micro_batches, telling or saving)
-                if saving or telling:
+            with self.watch.waiting() if settled else self.watch.allow(START, "step"):
+                sums, told, taken = self._step(step, micro_batches, telling)
+                if telling or self.guard.listens:
                     sums = _mean_over_ranks(sums)
-                    gradient = 0.0 if self.engine.fp16_enabled() else told.get("grad_norm", 0.0)
-                    _require_finite(float(sums["loss"]), gradient, self.stage, done, self.checkpoints.folder)
+            settled = True
             # a backward pass costs twice a forward pass
-            flops = 3 * self.task.step_flops(self.network.config, step, last).total * section.batch_size
-            tokens = self.task.step_length(step, last) or 0
+            flops = 3 * self.task.step_flops(self.network.config, self.guard.batch(step), last).total * section.batch_size
+            tokens = self.task.step_length(self.guard.batch(step), last) or 0
             self.monitor.step(done, {**sums, **told}, samples=section.batch_size, flops=flops, tokens=tokens)
+            if step in self.guard.in_a_row:
+                self.monitor.event("skipped", step=done)
+            if self.guard.listens and taken and (jump := self.guard.jumps(float(sums["loss"]))):
+                start = self._spiked(step, jump)
+                if start is not None:
+                    step, settled = start, False
+                    fetched = self._fetched(step)
+                    continue
             if section.evaluate_every and done % section.evaluate_every == 0 and done < last:
                 self.monitor.evaluated(done, self._evaluated())
-            if saving:
+            # while steps are left out, those before them are what is worth keeping
+            if saving and (leaving or done == last or not self.guard.in_a_row):
                 with self.watch.allow(SAVE, "save"):
                     saved = self.checkpoints.save(done, time.monotonic() - began)
                 self.monitor.event("checkpoint", step=done, **saved._asdict())
             if leaving and departure is not None and self._left(departure, done):
                 raise Preempted(f"{self.stage}: left after step {done} of {last} on {departure.why}, all saved")
+            step += 1
         spent = time.monotonic() - began
         score = self._evaluated()
         with self.watch.allow(SAVE, "save"), self._averaged():
@@ -156,8 +175,35 @@ class _Training:
             self._close()
         return Trained(state, score, spent)
 
-    def _step(self, step: int, micro_batches: Sequence[Batch], telling: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """One optimizer step: its losses, and what else a record says of it if it is `telling`."""
+    def _fetched(self, step: int) -> Iterator[list[Batch]]:
+        """The micro-batches from a step on."""
+        first = self.guard.batch(step)
+        return on_device(self.stream.iterate(first, first + self.section.steps - step))
+
+    def _spiked(self, step: int, jump: Jump) -> int | None:
+        """Records a spike, and goes back where that is wanted and can be done: the step to go on with."""
+        path = self.guard.name_batches(step, f"a spike of the loss: {jump.deviations:.1f} deviations above its median", [step])
+        told = {"at": step + 1, **jump._asdict(), "batches": path.name}
+        if self.guard.may_return:
+            with self.watch.allow(SAVE, "save"):
+                self.checkpoints.settle()
+            with self.watch.waiting():
+                wait_for_all(self.place)
+            with self.watch.allow(START, "go back"):
+                start = self.guard.returning(step, self.checkpoints.resume)
+            if start is not None:
+                self.monitor.rewind(start)
+                self.monitor.event(ROLLBACK, step=start, number=self.guard.returns, **told)
+                say(
+                    f"{self.stage}: the loss of step {step + 1} is {jump.loss:.4g} after {jump.median:.4g}; back to the checkpoint of "
+                    f"step {start}, and past the {step + 1 - start} batches since"
+                )
+                return start
+        self.monitor.event("spike", step=step + 1, **told)
+        return None
+
+    def _step(self, step: int, micro_batches: Sequence[Batch], telling: bool) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
+        """One optimizer step: its losses, what else a record says of it if it is `telling`, and whether it was taken."""
         section, engine = self.section, self.engine
         rate = section.optimizer.lr * scale(section.schedule, step, section.steps)
         for group in engine.optimizer.param_groups:
@@ -166,18 +212,31 @@ class _Training:
         torch.manual_seed(step_seed(self.seed, step, self.grid.data_index))
         sums: dict[str, Tensor] = {}
         norm, terms = None, self._terms(micro_batches)
+        self.guard.begin()
         for number, batch in enumerate(micro_batches, start=1):
             self.watch.at(f"micro-batch {number}", step + 1)
             losses = engine(to_device(batch), terms=terms)
-            engine.backward(losses["loss"])
-            if telling and number == self.stream.accumulation:
-                norm = gradient_norm(engine)
+            engine.backward(weighed(losses["loss"]))
+            if number == self.stream.accumulation:
+                norm = self.guard.look(telling)
             _step(engine, self.stage, step + 1)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / self.stream.accumulation
-        if self.average is not None and engine.was_step_applied():
+        taken = not self.guard.left_out(step, sums["loss"])
+        if self.average is not None and taken:
             self.average.update()
-        return sums, {"lr": rate, **(_told(engine, norm) if telling else {})}
+        return sums, {"lr": rate, **(self._told(norm) if telling else {})}, taken
+
+    def _told(self, norm: float | Tensor | None) -> dict[str, Any]:
+        """What a record says of the step that was just taken, beside the loss; `norm`: of the gradients, if it is known already."""
+        engine = self.engine
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        told: dict[str, Any] = {} if norm is None else {"grad_norm": float(norm)}
+        if self.guard.skipped:
+            told["skipped"] = self.guard.skipped
+        if engine.fp16_enabled():
+            told |= {"loss_scale": engine.optimizer.loss_scale, "overflows": self.guard.overflows}
+        return told
 
     def _terms(self, micro_batches: Sequence[Batch]) -> Tensor | None:
         """The mean number of terms that a micro-batch of this step has, over all data ranks; None where all have as many."""
@@ -226,34 +285,12 @@ def _step(engine: Any, stage: str, step: int) -> None:
         ) from None
 
 
-def _told(engine: Any, norm: float | Tensor | None) -> dict[str, Any]:
-    """What a record says of the step that `engine` has just taken, beside the loss; `norm`: of the gradients, if it is known already."""
-    norm = engine.get_global_grad_norm() if norm is None else norm
-    told: dict[str, Any] = {} if norm is None else {"grad_norm": float(norm)}
-    if engine.fp16_enabled():
-        told["loss_scale"] = engine.optimizer.loss_scale
-    if engine.fp16_enabled() or engine.skipped_steps:
-        told["skipped"] = engine.skipped_steps
-    return told
-
-
 def _mean_over_ranks(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if dist.get_world_size() == 1:
         return dict(sums)
     values = torch.stack([value.float() for value in sums.values()])
     dist.all_reduce(values)
     return dict(zip(sums, values / dist.get_world_size(), strict=True))
-
-
-def _require_finite(loss: float, gradient: float, stage: str, step: int, checkpoints: Path) -> None:
-    what, value = ("the loss", loss) if not math.isfinite(loss) else ("the norm of the gradient", gradient)
-    if not math.isfinite(value):
-        kept = (
-            f"the checkpoint before it is kept in {checkpoints}" if (checkpoints / "latest").exists() else "no checkpoint was written yet"
-        )
-        raise UserError(
-            f"{stage}: {what} is {value} at step {step}; lower {stage}.optimizer.lr or {stage}.clip under another --run.name ({kept})"
-        )
 
 
 def _evaluate(engine: Any, task: Task, grid: Grid, batch_size: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """How a stage says where it stands: a progress bar or plain lines, TensorBoard events and `metrics.jsonl`."""
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from wtn_pretrain.training.passing import open_monitors
 
 METRICS = "metrics.jsonl"
 SETTLE = 5  # steps left out of the rate: they pay for compilation, allocation and cold caches
+ROLLBACK = "rollback"
+"""The event that a stage has gone back to the step under which it stands."""
 RESERVED = {"time", "stage", "step", "kind"}
 
 
@@ -65,15 +68,13 @@ class Monitor:
         self._step = self._start = start
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_beyond(folder / METRICS, stage, start)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        _drop_beyond(folder / METRICS, stage, start, steps, resumed=True)
+        self._folder = folder
+        self._file = (folder / METRICS).open("ab", buffering=0)
+        self._unwritten, self._warned = b"", False
         self._events: Any = None
         if tensorboard:
-            # slow to import, and not needed by those who only read metrics
-            from torch.utils.tensorboard import SummaryWriter
-
-            # TensorBoard purges from the given step on, and steps count from 1
-            self._events = SummaryWriter(folder / "events", purge_step=start + 1 if start else 0, flush_secs=30)
+            self._events = self._open_events(start)
         self._passing = open_monitors()
         self._bar: tqdm[Any] | None = None
         # some terminals do not know their width: a bar on them would be empty
@@ -130,18 +131,41 @@ class Monitor:
         step = int(values.pop("step", self._step))
         self._write("event", step, {"name": name, **{key: _plain(value) for key, value in values.items()}})
 
+    def rewind(self, start: int) -> None:
+        """Go back to step `start`: records beyond it are dropped, as if the stage were resumed there."""
+        if not self._active:
+            return
+        self._flush(last=True)
+        self._file.close()
+        _drop_beyond(self._folder / METRICS, self._stage, start, self._steps)
+        self._file = (self._folder / METRICS).open("ab", buffering=0)
+        if self._events is not None:
+            self._events.close()
+            self._events = self._open_events(start)
+        if self._bar is not None:
+            self._bar.update(start - self._bar.n)
+        self._step = start
+
     def close(self) -> None:
-        """Flush and close what is open; a second call does nothing."""
+        """Flush and close what is open; a second call does nothing.
+
+        Raises:
+            UserError: records could not be written, now or before.
+        """
         if not self._active:
             return
         self._active = False
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._passing is not None:
-            self._passing.close()
         if self._bar is not None:
             self._bar.close()
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
+        if self._passing is not None:
+            self._passing.close()
+        try:
+            self._flush(last=True)
+        finally:
+            self._file.close()
 
     def __enter__(self) -> "Monitor":
         return self
@@ -183,8 +207,29 @@ class Monitor:
             raise ValueError(f"metric name {min(taken)} is taken by the record itself; choose another")
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
         record = {"time": now, "stage": self._stage, "step": step, "kind": kind, **_finite(values)}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._flush()
+
+    def _flush(self, last: bool = False) -> None:
+        """Write what waits. A disk that is full or broken holds up no training: records wait for the next one, but not at the `last`."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._warned = False
+        except OSError as error:
+            place = f"{self._folder / METRICS}: cannot be written ({error.strerror})"
+            if last:
+                raise UserError(f"{place}; free the place or choose another folder") from None
+            if not self._warned:
+                self._warned = True
+                self._tell(f"{place}; its records wait in memory, and the training goes on")
+
+    def _open_events(self, start: int) -> Any:
+        # slow to import, and not needed by those who only read metrics
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard purges from the given step on, and steps count from 1
+        return SummaryWriter(self._folder / "events", purge_step=start + 1 if start else 0, flush_secs=30)
 
     def _chart(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         charted: list[tuple[str, float]] = []
@@ -194,23 +239,19 @@ class Monitor:
                 (f"{group}{tag}", part) for tag, part in parts.items() if isinstance(part, int | float) and not isinstance(part, bool)
             ]
         if self._events is not None:
-            for tag, part in charted:
-                self._events.add_scalar(f"{self._stage}/{tag}", part, step)
+            try:
+                for tag, part in charted:
+                    self._events.add_scalar(f"{self._stage}/{tag}", part, step)
+            except OSError as error:
+                # its thread has ended with this
+                self._events = None
+                self._tell(f"{self._folder / 'events'}: cannot be written ({error.strerror}); TensorBoard gets no more of this start")
         if self._passing is not None:
             # under the title: seeds, which have folders of their own, share these places
             self._passing.write([(f"{self._title}/{tag}", part, step) for tag, part in charted])
 
     def _tell(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
-
-
-def say(message: str) -> None:
-    """Print one line on standard error, on rank 0 only, without tearing a progress bar."""
-    import torch.distributed as dist  # here, since reading metrics needs no torch
-
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        tqdm.write(message, file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -236,12 +277,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_beyond(path: Path, stage: str, start: int) -> None:
-    """Rewrite `path` without the records of `stage` beyond `start` and without a line cut short by a crash."""
+def _drop_beyond(path: Path, stage: str, start: int, steps: int, resumed: bool = False) -> None:
+    """Rewrite `path` without the records of `stage` beyond `start`, its validation after the last of `steps`, which follows every start,
+    and a line cut short by a crash.
+
+    `resumed`: what a start says that goes on from there; it has yet to go back there itself, if one did before it.
+    """
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["stage"] != stage or (start and record["step"] <= start)]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def stays(record: Mapping[str, Any]) -> bool:
+        if record["stage"] != stage or record["step"] < start:
+            return True
+        again = (record["kind"] == "valid" and record["step"] == steps) or (resumed and record.get("name") == ROLLBACK)
+        return bool(start) and record["step"] == start and not again
+
+    write_text(path, "".join(json.dumps(record) + "\n" for record in read_metrics(path) if stays(record)))
 
 
 def _plain(value: Any) -> Any:
@@ -284,6 +335,8 @@ def _figures(values: Mapping[str, Any]) -> list[str]:
     ]
     if numbers.get("skipped"):
         told.append(f"{numbers['skipped']:.0f} skipped")
+    if numbers.get("overflows"):
+        told.append(f"{numbers['overflows']:.0f} overflows")
     if "rate" in numbers:
         told.append(f"{_short(numbers['rate'])} samples/s")
     if "tokens_rate" in numbers:

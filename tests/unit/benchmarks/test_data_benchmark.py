@@ -22,7 +22,7 @@ def test_every_arm_has_a_rate(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "figures.json").read_text())
     assert {"date", "commit", "hardware", "command", "preset"} <= found.keys()
-    for key in ("preprocess_ratio", "masking_ratio", "image_ratio", "open_seconds"):
+    for key in ("preprocess_ratio", "masking_ratio", "image_ratio", "open_seconds", "open_packed_seconds"):
         assert found[key] > 0 and f"{key} {found[key]:.4g}" in done.stdout
     made = found["preprocessing"]
     assert made["ratio"] == pytest.approx(made["map_seconds"][0] / made["ours_seconds"][0]) and made["tokens"] > 100_000
@@ -33,6 +33,8 @@ def test_every_arm_has_a_rate(tmp_path: Path) -> None:
     # opening reads sizes alone, however large the file is
     small, large = found["opening"]
     assert large["bytes"] == 10 * small["bytes"] and large["memory"] < 4 << 20
+    small, large = found["opening_packed"]
+    assert large["rows"] == pytest.approx(10 * small["rows"], rel=0.01) and large["again_memory"] < 4 << 20
     assert found["corpus"]["bytes"] > 1e6 and 0 < found["corpus"]["peak_memory"] < 2 << 30
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 

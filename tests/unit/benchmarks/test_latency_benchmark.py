@@ -40,6 +40,8 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--json", str(tmp_path / "absent" / "figures.json")], "no folder"),
         (["--preset", "none"], "invalid choice"),
         (["--wrong"], "--wrong"),
+        (["--threads", "0"], "--threads 0: give 1 or more"),
+        (["--plot", str(tmp_path / "plot.xyz")], "name a file that ends in .png, .svg, .pdf"),
     ):
         monkeypatch.setattr(sys, "argv", ["bench_latency.py", *arguments])
         with pytest.raises(SystemExit) as left:

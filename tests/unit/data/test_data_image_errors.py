@@ -1,4 +1,6 @@
+import gzip
 import io
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +126,21 @@ def test_damaged_idx(idx: Path, write_idx: WriteIdx) -> None:
     packed = idx / "train-images-idx3-ubyte.gz"
     packed.write_bytes(packed.read_bytes()[:-12])
     refused(r"train-images-idx3-ubyte\.gz: cannot be read", source="idx", path=str(idx))
+
+
+def test_idx_bombs_are_not_unpacked(idx: Path) -> None:
+    """A header is believed up to a point, and nothing behind what it promises is read."""
+    images = idx / "train-images-idx3-ubyte"
+    whole = images.read_bytes()
+    images.unlink()
+    packed = idx / "train-images-idx3-ubyte.gz"
+    packed.write_bytes(gzip.compress(whole + bytes(100_000_000)))
+    tracemalloc.start()
+    refused(r"more than 112 bytes where its header \(shape \[6, 4, 4\]\) promises 112", source="idx", path=str(idx))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    packed.write_bytes(gzip.compress(whole[:4] + (6).to_bytes(4, "big") + (1 << 20).to_bytes(4, "big") * 2 + bytes(1000)))
+    refused(r"bytes whose header .* promises 6597069766656, as a decompression bomb does", source="idx", path=str(idx))
 
 
 def test_idx_labels_that_do_not_fit(idx: Path, write_idx: WriteIdx) -> None:

@@ -131,6 +131,8 @@ CASES = [
     ("unknown label", [("x.png", png(1)), ("x.cls", b"7")], None, r"x\.png: label 7 is not among the 3 classes"),
     ("unknown label", [("x.png", png(1)), ("x.cls", b"bat")], None, r"x\.png: label 'bat' is not among the 3 classes"),
     ("image without label", [("x.png", png(1)), ("x.json", b"{broken")], None, r"x\.png: has no label"),
+    ("second image of a sample", [("0003.jpg", png(1))], None, r"0003\.jpg: is a second image of one sample, beside 0003\.png"),
+    ("label without image", [("x.mask.png", png(1)), ("x.cls", b"1")], None, r"x\.mask\.png: sample x has a label and no image"),
 ]
 
 
@@ -148,6 +150,36 @@ def test_bad_archives_are_named_or_skipped(
     splits = open_images(settings(tmp_path, faults="skip"))
     assert (7 if change is cut else 12) <= len(splits.train) + len(splits.valid) <= 12 and splits.classes == CLASSES
     assert f"skipped: {kind}, " in capsys.readouterr().err
+
+
+def test_dots_in_names(tmp_path: Path) -> None:
+    """In class folders every image is one; beside labels only the image of the sample's own name."""
+    shard(
+        tmp_path / "folders" / "all.tar", [(f"{name}/photo.{number}.png", png(number)) for name in ("cat", "dog") for number in range(20)]
+    )
+    splits = open_images(settings(tmp_path / "folders"))
+    assert len(splits.train) + len(splits.valid) == 40 and splits.classes == ("cat", "dog")
+    plain = samples(range(12), LABELS["cls"])
+    masks = [(f"{number:04}.mask.png", png(99)) for number in range(12)]
+    shard(tmp_path / "plain" / "a.tar", plain)
+    shard(tmp_path / "masked" / "a.tar", [*masks, *plain, *((f"._{name}", b"rubbish") for name, _ in plain)])
+    one, other = (open_images(settings(tmp_path / name, channels=3)).train for name in ("plain", "masked"))
+    every = np.arange(len(one))
+    assert len(one) == len(other) and all(
+        (one.fetch(every, None)[name] == other.fetch(every, None)[name]).all() for name in ("pixels", "labels")
+    )
+
+
+def test_what_validates_is_named_so(tmp_path: Path) -> None:
+    for number, name in enumerate(("valley/a", "testimony-0", "train", "valid-0", "val.1", "test_0", "test1")):
+        shard(tmp_path / f"{name}.tar", samples(range(10 * number, 10 * number + 1 + number), LABELS["cls"]))
+    splits = open_images(settings(tmp_path))
+    # those of test are neither
+    assert (len(splits.train), len(splits.valid)) == (1 + 2 + 3, 4 + 5)
+    for name in ("valid-0", "val.1"):
+        (tmp_path / f"{name}.tar").unlink()
+    splits = open_images(settings(tmp_path))
+    assert (len(splits.train), len(splits.valid)) == (1 + 2 + 3, 6 + 7)
 
 
 def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:

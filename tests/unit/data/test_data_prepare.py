@@ -19,7 +19,7 @@ import pytest
 from tests.running import environment
 from tests.unit.data.preparing import WORDS, documents_of, held, ids_of, prepared, save_words, text_of, write_lines
 from wtn_pretrain.data.faults import Faults
-from wtn_pretrain.data.prepare.command import preprocess_command
+from wtn_pretrain.data.prepare.command import preprocess_command, train_tokenizer_command
 from wtn_pretrain.data.prepare.corpus import Preparation, prepare_corpus
 from wtn_pretrain.data.prepare.duplicates import MinHash, Seen, text_hash
 from wtn_pretrain.data.prepare.sentences import split_sentences
@@ -202,6 +202,109 @@ def test_a_killed_command_goes_on(tmp_path: Path, tokenizer: str) -> None:
     assert "8000 documents read" in preprocess_command([*command[2:], "--quiet", str(source)])
     whole = prepared(tmp_path, tokenizer, (source,), "whole")
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path, tokenizer: str) -> None:
+    texts = [f"{text} {WORDS[number % 300]}" for number, text in enumerate(TEXTS * 40)]
+    source, out = write_lines(tmp_path / "a.jsonl", texts), tmp_path / "out"
+    arguments = ["--tokenizer", tokenizer, "--out", str(out), "--workers", "1", "--record-seconds", "0.01", "--quiet", str(source)]
+    command = [sys.executable, "tools/preprocess_corpus.py", *arguments]
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+    while first.poll() is None and not (tmp_path / ".out.part" / "journal.json").exists():
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGSTOP)  # in the middle of it
+    with pytest.raises(UserError, match=rf"\.out\.part: process {first.pid} on .* works here; wait for it"):
+        preprocess_command(arguments)
+    os.killpg(first.pid, signal.SIGCONT)
+    assert first.wait() == 0
+    assert contents(out) == contents(prepared(tmp_path, tokenizer, (source,), "whole"))
+    assert not (out / ".lock").exists() and preprocess_command(["--check", str(out)]).endswith("all checksums agree")
+
+
+def test_what_the_tools_wrote_is_no_source(tmp_path: Path, tokenizer: str) -> None:
+    """A folder as source, with the corpus made inside it, and again when it is there."""
+    write_lines(tmp_path / "a.jsonl", TEXTS[:100])
+    (tmp_path / ".hidden").mkdir()
+    write_lines(tmp_path / ".hidden" / "b.jsonl", TEXTS[100:])
+    save_words(tmp_path / "tok")
+    for _ in range(2):
+        card = prepare_corpus(Preparation((str(tmp_path),), tmp_path / "corpus", tokenizer, workers=0))
+        assert card["documents_read"] == 100 and [source["name"] for source in card["sources"]] == [str(tmp_path / "a.jsonl")]
+    other = prepare_corpus(Preparation((str(tmp_path),), tmp_path / "other", tokenizer, workers=0))
+    assert other["documents_read"] == 100
+    globbed = [source.name for source in find_sources([str(tmp_path / "*")], without=tmp_path / "corpus")]
+    assert globbed == [str(tmp_path / "a.jsonl")]
+
+
+def test_a_licence_is_corrected_in_the_card(tmp_path: Path, tokenizer: str, files: list[Path]) -> None:
+    common = ["--tokenizer", tokenizer, "--out", str(tmp_path / "out"), "--workers", "0", "--quiet", str(files[0])]
+    for more, licence in (([], "unknown"), (["--licence", "CC0"], "CC0"), ([], "CC0"), (["--licence", "CC BY 4.0"], "CC BY 4.0")):
+        preprocess_command([*common, *more])
+        assert json.loads((tmp_path / "out" / "card.json").read_text())["licence"] == licence
+    assert preprocess_command(["--check", str(tmp_path / "out")]).endswith("all checksums agree")
+
+
+def test_a_file_of_one_document_is_pointed_at(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "plain.txt").write_text("\n\n".join(TEXTS))
+    common = ["--tokenizer", tokenizer, "--workers", "0", "--quiet", str(tmp_path / "plain.txt")]
+    said = preprocess_command([*common, "--out", str(tmp_path / "one")])
+    assert (
+        "valid: 0 documents" in said and "warning: no document is held out, as there are 1; where a file holds several, --boundary" in said
+    )
+    assert "warning" not in preprocess_command([*common, "--out", str(tmp_path / "two"), "--valid-fraction", "0"])
+    assert "warning" not in preprocess_command([*common, "--out", str(tmp_path / "three"), "--boundary", "blank"])
+    with pytest.raises(UserError, match=r"no documents to train on of the 1 read; .* --boundary blank or line"):
+        preprocess_command([*common, "--out", str(tmp_path / "four"), "--valid-fraction", "0.9999"])
+    with pytest.raises(UserError, match=r"plain\.txt, byte 0: a document of more than 1000 bytes \(--max-document; --boundary blank"):
+        preprocess_command([*common, "--out", str(tmp_path / "five"), "--max-document", "0.001"])
+
+
+@pytest.mark.parametrize("wrong", ["nan", "-0.1", "0", "inf", "x"])
+@pytest.mark.parametrize(("command", "option"), [(preprocess_command, "--record-seconds"), (train_tokenizer_command, "--limit-mb")])
+def test_numbers_are_numbers(command: Any, option: str, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(["--out", "x", f"{option}={wrong}", "a.txt"])
+    assert ended.value.code == 2 and capsys.readouterr().err == f"error: argument {option}: '{wrong}' is not a number above 0; see --help\n"
+
+
+def test_who_reads_may_leave(tmp_path: Path, tokenizer: str, files: list[Path]) -> None:
+    done = prepared(tmp_path, tokenizer, (files[0],))
+    call = f"{sys.executable} tools/preprocess_corpus.py --check {done} | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", call], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stderr == ""
+
+
+def test_small_parquet_files_stay_small(tmp_path: Path) -> None:
+    """Texts that lie there once and are named many times, and pages that unpack without end, in a process of little memory."""
+    import pyarrow
+    import pyarrow.parquet
+
+    long = "word1 " * 1_200_000
+    pyarrow.parquet.write_table(pyarrow.table({"text": [long] * 64 + ["word2"]}), tmp_path / "same.parquet", compression="zstd")
+    plain = {"use_dictionary": False, "compression": "zstd"}
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{number} {long}" for number in range(12)]}), tmp_path / "bomb.parquet", **plain)
+    assert all((tmp_path / name).stat().st_size < 1 << 20 for name in ("same.parquet", "bomb.parquet"))
+    code = (
+        "import sys\n"
+        "from wtn_pretrain.data.faults import Faults\n"
+        "from wtn_pretrain.data.prepare.sources import Reading, documents, find_sources\n"
+        "from wtn_pretrain.data.prepare.worker import peak_memory\n"
+        "import pyarrow.parquet, pyarrow.compute\n"
+        "before, faults = peak_memory(), Faults('skip')\n"
+        "sizes = [len(one.text) for one in documents(find_sources(sys.argv[1:])[0], Reading(max_document=32_000_000), faults)]\n"
+        "print(len(sizes), sum(sizes), dict(faults.counts), (peak_memory() - before) >> 20)"
+    )
+
+    def read(name: str) -> list[str]:
+        call = [sys.executable, "-c", code, str(tmp_path / name)]
+        return subprocess.run(call, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout.split()
+
+    *told, grown = read("same.parquet")
+    assert " ".join(told) == f"65 {64 * (len(long) - 1) + 5} {{}}"
+    # a text of 7 MB in the page, the array and the string; as rows they would be 460 MB, twice over
+    assert int(grown) < 150
+    *told, grown = read("bomb.parquet")
+    assert " ".join(told) == "0 0 {'decompression bomb': 1}" and int(grown) < 50
 
 
 def test_stopped_at_a_fault_then_skipping_it(tmp_path: Path, tokenizer: str, files: list[Path]) -> None:

@@ -112,6 +112,9 @@ def test_what_does_not_fit_together_is_refused(folder: Path, tmp_path: Path) -> 
     refused("one: its text is shorter than a row of 90000; lower data.sequence_length", tmp_path, folder / "one", sequence_length=90_000)
     for settings, message in (
         ({"source": "files", "weights": [1.0]}, "weights goes with source corpus"),
+        ({"vocab_size": 512}, "vocab_size was decided when the corpus was made, so source corpus takes none"),
+        ({"limit_mb": 3}, "limit_mb was decided when the corpus was made"),
+        ({"lowercase": False}, "lowercase was decided when the corpus was made"),
         ({"lengths": [[0.9, 64]]}, "each must be from 8 to sequence_length 24"),
         ({"lengths": [[0.9, 12], [0.5, 16]]}, "they must rise"),
     ):

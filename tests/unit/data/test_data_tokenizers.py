@@ -10,10 +10,12 @@ import pytest
 
 from tests.running import environment
 from wtn_pretrain.data.corpus import PydocTopics, blocks
+from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.masking import Masker
-from wtn_pretrain.data.prepare.command import train_tokenizer_command
+from wtn_pretrain.data.prepare.command import main, train_tokenizer_command
 from wtn_pretrain.data.prepare.sentencepiece_model import read_sentencepiece
-from wtn_pretrain.data.prepare.vocabulary import train_tokenizer
+from wtn_pretrain.data.prepare.sources import Reading, find_sources
+from wtn_pretrain.data.prepare.vocabulary import SourceText, train_tokenizer
 from wtn_pretrain.data.tokenizer import SPECIAL_TOKENS, continuations, load_tokenizer, tokenizer_hash, unused_ids
 from wtn_pretrain.errors import UserError
 
@@ -106,9 +108,54 @@ def test_the_commands(tmp_path: Path) -> None:
         train_tokenizer_command(arguments)
     said = train_tokenizer_command([*arguments, "--faults", "skip"])
     assert "skipped: invalid UTF-8, 1 times" in said and tokenizer_hash(load_tokenizer(tmp_path / "tok")) in said
-    with pytest.raises(UserError, match="holds something that is no tokenizer"):
+    with pytest.raises(UserError, match=r"holds a\.txt, which is no tokenizer and would be lost"):
         train_tokenizer_command(["--out", str(tmp_path), str(tmp_path / "a.txt")])
+    # an exported model has a tokenizer beside its weights
+    weights = tmp_path / "tok" / "model.safetensors"
+    weights.write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"holds model\.safetensors, which is no tokenizer and would be lost; choose another --out"):
+        train_tokenizer_command([*arguments, "--faults", "skip"])
+    assert weights.read_bytes() == b"weights"
     for content, message in ((b"no model", "not a SentencePiece model"), (b"", "not a SentencePiece model")):
         (tmp_path / "x.model").write_bytes(content)
         with pytest.raises(UserError, match=message):
             train_tokenizer_command(["--out", str(tmp_path / "y"), "--from-sentencepiece", str(tmp_path / "x.model")])
+
+
+def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    common = ["--out", str(tmp_path / "y"), "--from-sentencepiece", str(tmp_path / "x.model")]
+    for more, name in ((["a.txt"], "PATH"), (["--algorithm", "bpe"], "--algorithm"), (["--vocab-size", "900"], "--vocab-size")):
+        with pytest.raises(UserError, match=f"^{name}: says how to train, and --from-sentencepiece converts"):
+            train_tokenizer_command([*common, *more])
+
+
+def test_progress_and_what_an_interrupt_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(TEXT))
+    told: list[tuple[int, int]] = []
+    sources = find_sources([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    text = SourceText(tuple(sources), Reading(boundary="line"), Faults(), None, lambda *at: told.append(at))
+    train_tokenizer("wordpiece", text, 300)
+    size = sources[0].size
+    # twice from the beginning to the end
+    assert {total for _, total in told} == {2 * size} and len(told) % 2 == 0
+    consumed = [at for at, _ in told]
+    assert consumed[: len(told) // 2] == consumed[len(told) // 2 :] == sorted(consumed[: len(told) // 2]) and consumed[-1] == 2 * size
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wtn_pretrain.data.prepare.vocabulary.train_tokenizer", interrupted)
+    assert main(train_tokenizer_command, ["--out", str(tmp_path / "tok"), str(tmp_path / "a.txt")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written" and not (tmp_path / "tok").exists()
+
+
+def test_unigram_takes_a_part_of_large_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wtn_pretrain.data.prepare.command._UNIGRAM_MB", 0.03)
+    (tmp_path / "a.txt").write_text("\n".join(TEXT))
+    arguments = ["--algorithm", "unigram", "--vocab-size", "300", "--quiet", str(tmp_path / "a.txt")]
+    said = train_tokenizer_command([*arguments, "--out", str(tmp_path / "part")])
+    assert "trained on 0.03 million characters spread over the files; --limit-mb takes more" in said
+    asked = train_tokenizer_command([*arguments, "--out", str(tmp_path / "same"), "--limit-mb", "0.03"])
+    assert said.split("hash ")[1].split()[0] == asked.split("hash ")[1].split()[0] and "trained on" not in asked
+    assert "trained on" not in train_tokenizer_command([*arguments, "--out", str(tmp_path / "all"), "--limit-mb", "9"])

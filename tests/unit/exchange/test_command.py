@@ -16,6 +16,8 @@ from tests.running import RESNET, ROOT, environment, recipe, stages_here, weight
 from wtn_pretrain.data.stream import batches
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.command import export_run
+from wtn_pretrain.exchange.config import ExportSection
+from wtn_pretrain.exchange.formats import FORMATS
 from wtn_pretrain.recipe import load_recipe
 from wtn_pretrain.stages import open_task
 from wtn_pretrain.tasks.base import evaluate
@@ -60,6 +62,10 @@ def test_a_run_from_the_command_line(run: Path) -> None:
     told = json.loads((run / "export" / "hf" / "parity.json").read_text())
     assert told["network"]["stage"] == "finetune"
     assert len(told["network"]["sha256"]["model.safetensors"]) == 64
+    assert (told["network"]["seed"], told["network"]["step"]) == (0, None)
+    card = (run / "export" / "hf" / "README.md").read_text()
+    assert "It is the network of stage finetune of seed 0, as it ended." in card
+    assert all(f"| {stage} |" in card for stage in ("wide", "narrow", "finetune"))
 
 
 def test_a_format_that_cannot_hold_it_ends_the_command(
@@ -120,10 +126,46 @@ def test_a_checkpoint_gives_the_averaged_weights_of_its_step(run: Path, tmp_path
     assert torch.equal(found.state_dict()[name], averages[f"average/average.{name}"])
     task = open_task(load_recipe(run / "config.yaml"), run / "data")
     assert 0 <= evaluate(found, task)["metric"] <= 100
+    told = json.loads((tmp_path / "hf" / "parity.json").read_text())["network"]
+    assert (told["stage"], told["seed"], told["step"]) == ("finetune", 0, 2)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "It is the network of stage finetune of seed 0, at its step 2, before its end." in card
+    assert "| narrow |" in card and "| finetune |" not in card
     damaged = shutil.copytree(step, tmp_path / "step2")
     part = next(damaged.glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:-8])
     assert "give a whole folder stepN" in refused(run, "--to", "hf", "--checkpoint", damaged)
+
+
+def test_a_card_tells_of_its_own_seed(run: Path, tmp_path: Path) -> None:
+    both = shutil.copytree(run, tmp_path / "both")
+    (both / "config.yaml").write_text((both / "config.yaml").read_text().replace("seeds:\n  - 0\n", "seeds:\n  - 0\n  - 3\n"))
+    for stage, metric in (("narrow", 31.5), ("finetune", 61.25), ("scratch", 51.75)):
+        shutil.copytree(run / ("finetune" if stage == "scratch" else stage), both / "seed-3" / stage)
+        done = both / "seed-3" / stage / "done.json"
+        done.write_text(json.dumps({**json.loads(done.read_text()), "metric": metric}))
+    told = wtn_pretrain.export(both, "hf", seed=3, out=tmp_path / "finetune", samples=16)
+    assert told["hf"]["network"]["seed"] == 3
+    card = (tmp_path / "finetune" / "hf" / "README.md").read_text()
+    assert "| narrow | 31.50 |" in card and "| finetune | 61.25 |" in card and "scratch |" not in card
+    wtn_pretrain.export(both, "hf", stage="scratch", seed=3, out=tmp_path / "scratch", samples=16)
+    card = (tmp_path / "scratch" / "hf" / "README.md").read_text()
+    assert "| scratch | 51.75 |" in card and "| wide |" not in card and "| finetune |" not in card
+    assert "Go Wide, Then Narrow" not in card.partition("## How")[0]
+
+
+def test_the_help_names_every_key(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export_run("Export.", ["--help"])
+    told = capsys.readouterr().out
+    assert all(f"--export.{key}=" in told for key in ExportSection.model_fields)
+    doc = (ROOT / "tools" / "export.py").read_text().partition('"""')[2].partition('"""')[0]
+    assert all(name in doc for name in FORMATS)
+
+
+def test_what_is_no_run_has_no_stages(run: Path) -> None:
+    with pytest.raises(UserError, match=r"stage 'wide': .*finetune is not the folder of a run"):
+        wtn_pretrain.load(run / "finetune", stage="wide")
 
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
@@ -133,6 +175,7 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     assert "give the folder of a run" in refused()
     assert "unknown; there are RUN, --to" in refused(run, "--verbose")
     assert "did you mean export.opset?" in refused(run, "--export.opsets=3")
+    assert "export.shard: " in refused(run, "--export.shard=lots")
     assert "invalid choice: 'middle'" in refused(run, "--stage", "middle")
     half = shutil.copytree(run, tmp_path / "half")
     for name in ("narrow", "finetune"):

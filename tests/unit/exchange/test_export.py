@@ -151,7 +151,9 @@ def test_weights_beside_the_graph(images: ClassifyTask, text: MlmTask, tmp_path:
     monkeypatch.setattr("wtn_pretrain.exchange.onnx.ONE_FILE", 0)
     written = export_network(made(images, CIFAR), images, ["onnx", "onnx_fused", "onnx_int8"], tmp_path, section(int8_drop=100))
     assert "model.onnx.data" in written["onnx"]["files"]
-    assert written["onnx"]["bytes"] > (tmp_path / "onnx" / "model.onnx.data").stat().st_size > 0
+    outside = (tmp_path / "onnx" / "model.onnx.data").stat().st_size
+    assert written["onnx"]["bytes"] > outside > 0
+    assert written["onnx_int8"]["model_bytes"]["fp32"] > outside
     assert "model.onnx.data" in written["onnx_fused"]["files"]
     written = export_network(made(text, BERT.model_copy(update={"layers": 1})), text, ["onnx_fused"], tmp_path, section())
     assert "model.onnx.data" in written["onnx_fused"]["files"]
@@ -161,7 +163,9 @@ def test_weights_beside_the_graph(images: ClassifyTask, text: MlmTask, tmp_path:
 def test_int8_that_loses_too_much_is_not_written(images: ClassifyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = made(images, CIFAR)
     real = task_metric
-    monkeypatch.setattr("wtn_pretrain.exchange.write.task_metric", lambda task, net, call, n: real(task, net, call, n) if call else 99.0)
+    monkeypatch.setattr(
+        "wtn_pretrain.exchange.write.task_metric", lambda task, net, call, n: real(task, net, call, n) if call else (99.0, n)
+    )
     with pytest.raises(UserError, match=r"onnx_int8 loses .* more than export.int8_drop 1; nothing was written; train with finetune.int8"):
         export_network(network, images, ["onnx_int8"], tmp_path, section())
     assert not list(tmp_path.iterdir())
@@ -196,6 +200,49 @@ def test_an_export_that_misses_its_tolerance_leaves_the_one_before(images: Class
         export_network(network, images, ["torch_export"], tmp_path, section())
     assert {path.name: path.read_bytes() for path in (tmp_path / "torch_export").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["torch_export"]
+
+
+def test_what_is_no_export_stays(images: ClassifyTask, tmp_path: Path) -> None:
+    network = made(images, CIFAR)
+    for place in (tmp_path / "onnx", tmp_path / ".work"):
+        place.mkdir()
+        (place / "thesis.tex").write_text("years of work")
+    (tmp_path / "hf").write_text("a file")
+    with pytest.raises(UserError, match=r"onnx is there and holds no parity.json, so that it is no export; move it"):
+        export_network(network, images, ["torch_export", "onnx"], tmp_path, section())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".work", "hf", "onnx"]
+    # an empty folder is nobody's loss, and a refused format takes no place
+    (tmp_path / "torch_export").mkdir()
+    assert export_network(network, images, ["torch_export", "hf"], tmp_path, section())["torch_export"]["difference"] <= 1e-5
+    assert [(tmp_path / name / "thesis.tex").read_text() for name in ("onnx", ".work")] == ["years of work"] * 2
+    assert (tmp_path / "hf").read_text() == "a file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".work", "hf", "onnx", "torch_export"]
+
+
+def test_two_exports_into_one_place(images: ClassifyTask, tmp_path: Path) -> None:
+    """The second begins and ends while the first compares."""
+    network = made(images, CIFAR)
+    real = FORMATS["torch_export"]
+
+    def meanwhile(job: Any, folder: Path) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(FORMATS, "torch_export", real)
+            export_network(network, images, ["torch_export"], tmp_path, section(samples=16))
+        return real.open(job, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FORMATS, "torch_export", real._replace(open=meanwhile))
+        written = export_network(network, images, ["torch_export"], tmp_path, section(samples=64))
+    assert json.loads((tmp_path / "torch_export" / "parity.json").read_text()) == written["torch_export"]
+    assert written["torch_export"]["metric_samples"] == 64
+    assert [path.name for path in tmp_path.iterdir()] == ["torch_export"]
+
+
+@pytest.mark.parametrize("shard", ["lots", "", "5", "-1GB", "5 XB"])
+def test_a_size_of_shards_that_is_none(shard: str) -> None:
+    with pytest.raises(ValueError, match="shard"):
+        section(shard=shard)
+    assert section(shard="1.5 GB").shard == "1.5 GB"
 
 
 @pytest.mark.parametrize("opset", [7, 99])

@@ -22,13 +22,14 @@ def as_before() -> Iterator[None]:
     use(before)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_on_the_cpu_torch_is_live(kernels: str) -> None:
+@pytest.mark.parametrize(("kernels", "own"), [("auto", {"dropout": "sfc64", "linear": "onednn"}), ("torch", {})])
+def test_on_the_cpu_torch_is_live(kernels: str, own: dict[str, str]) -> None:
     choice = choose(kernels, CPU)
     assert list(choice.operations) == list(OPERATIONS)
-    assert {implementation.name for implementation in choice.operations.values()} == {"torch", "sdpa"}
+    assert {implementation.name for operation, implementation in choice.operations.items() if operation not in own} == {"torch", "sdpa"}
+    assert {operation: choice.operations[operation].name for operation in own} == own
     line = choice.describe()
-    assert line.startswith(f"kernels {kernels} on cpu: bias_gelu torch, ") and "\n" not in line
+    assert line.startswith(f"kernels {kernels} on cpu: linear ") and "\n" not in line
     assert all(operation in line for operation in OPERATIONS)
     assert all(f"{operation} " in choice.explain() for operation in OPERATIONS)
     assert all(implementation.why for implementation in choice.operations.values())

@@ -1,7 +1,10 @@
 """Ours against Hugging Face, both ways: same weights, same logits (fp32, 1e-5: the order of additions in attention differs)."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 
 from wtn_pretrain.models import BertConfig, ResNetConfig
 from wtn_pretrain.models.hf import from_hf, to_hf
@@ -51,6 +54,36 @@ def test_bert_logits_equal_hugging_face(name: str) -> None:
             for block in network.blocks:
                 carry = block(carry)
             torch.testing.assert_close(network.head.pair_logits(carry), expected.seq_relationship_logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "added"),
+    [
+        ("ForSequenceClassification", "classifier.", {"num_labels": 3}),
+        ("ForTokenClassification", "classifier.", {"num_labels": 9}),
+        ("ForQuestionAnswering", "qa_outputs.", {}),
+        ("", None, {}),
+    ],
+)
+@pytest.mark.parametrize("name", ["post", "pre", "post with pair head", "pre with pair head"])
+def test_other_tasks_take_the_encoder_whole(name: str, task: str, head: str | None, added: dict[str, int], tmp_path: Path) -> None:
+    """As pretrained networks are used: everything but the task's own head comes from the file."""
+    network = shake(BERTS[name].build())
+    to_hf(network).save_pretrained(tmp_path)
+    model, report = getattr(transformers, f"AutoModel{task}").from_pretrained(tmp_path, output_loading_info=True, **added)
+    # a pooler comes with the pair head alone
+    pooler = ("bert.pooler.", "pooler.")
+    new = tuple(filter(None, (head, *(() if "pair" in name else pooler))))
+    assert [key for key in report["missing_keys"] if not key.startswith(new)] == []
+    assert [key for key in report["unexpected_keys"] if not key.startswith(("cls.", *pooler))] == [] and not report["mismatched_keys"]
+    ids = torch.randint(0, 97, (2, 11))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        # fp64: what differs then is no round-off
+        states = model.eval().double()(**inputs, output_hidden_states=True).hidden_states
+        double = network.double()
+        expected = double.head.final_norm(double.features(inputs).hidden)
+    torch.testing.assert_close(states[-1], expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", RESNETS)

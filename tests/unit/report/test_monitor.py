@@ -127,7 +127,7 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(("rank", "heard"), [("0", "heard\n"), ("1", "")])
 def test_what_is_said_is_said_once(rank: str, heard: str) -> None:
     """In a process of its own: one that has joined a process group takes its rank from there."""
-    program = "from wtn_pretrain.training.monitor import say; say('heard')"
+    program = "from wtn_pretrain.screen import say; say('heard')"
     done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "RANK": rank}, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", heard)
 

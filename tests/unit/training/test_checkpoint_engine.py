@@ -66,9 +66,7 @@ class Run:
         self.engine, *_ = deepspeed.initialize(model=self.network, optimizer=chosen, config=config)
         self.average = Average(self.network, 0.9) if ema else None
         beside = {"average": self.average} if self.average else {}
-        self.checkpoints = Checkpoints(
-            folder, self.engine, self.network, Place(0, 1), identity={**IDENTITY, **identity}, beside=beside, keep=2
-        )
+        self.checkpoints = Checkpoints(folder, self.engine, self.network, Place(0, 1), identity={**IDENTITY, **identity}, beside=beside)
 
     def steps(self, first: int, last: int) -> list[float]:
         losses = []

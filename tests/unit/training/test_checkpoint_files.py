@@ -1,26 +1,25 @@
 """Checkpoints on disk: every kind of damage is found, what is found whole is whole, and what cannot be written leaves the old one."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.running import ROOT
+from tests.running import ROOT, no_room
+from wtn_pretrain.checkpoint.files import MANIFEST, DamagedError, part_of, sealed
+from wtn_pretrain.checkpoint.keeping import Keep
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
-from wtn_pretrain.training.checkpoint.contents import contents, find_checkpoints, shown
+from wtn_pretrain.training.checkpoint.contents import contents, shown
 from wtn_pretrain.training.checkpoint.manifest import (
     FORMAT,
-    MANIFEST,
-    DamagedError,
     Layout,
     Manifest,
     Other,
@@ -30,6 +29,7 @@ from wtn_pretrain.training.checkpoint.manifest import (
     read_manifest,
 )
 from wtn_pretrain.training.checkpoint.writer import Writer
+from wtn_pretrain.verify import find
 
 PART = "part-00000.safetensors"
 
@@ -55,9 +55,9 @@ def described(step: int, seed: int = 0) -> tuple[Manifest, dict[str, torch.Tenso
     return manifest, tensors
 
 
-def write(folder: Path, *steps: int, seed: int = 0, keep: int = 2) -> Path:
+def write(folder: Path, *steps: int, seed: int = 0, keep: int = 2, every: int = 0) -> Path:
     """Writes checkpoints one after the other; the last one."""
-    writer = Writer(folder, Place(0, 1), keep)
+    writer = Writer(folder, Place(0, 1), Keep(keep, every))
     for step in steps:
         writer.start(*described(step, seed))
     writer.close()
@@ -87,8 +87,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 4, keep=3)
     assert [step for step, _ in checkpoints_in(tmp_path)] == [4, 3, 2]
+    write(tmp_path / "some", 3, 5, 6, 9, 11, 12, 13, keep=1, every=3)
+    assert [step for step, _ in checkpoints_in(tmp_path / "some")] == [13, 12, 9, 6, 3]
     # of a damaged one, that was skipped, nothing counts
-    writer = Writer(tmp_path, Place(0, 1), 2)
+    writer = Writer(tmp_path, Place(0, 1), Keep(2))
     writer.continues(3)
     for step in (4, 5):
         writer.start(*described(step, seed=9))
@@ -159,11 +161,9 @@ def test_a_part_of_another_run_is_found(tmp_path: Path) -> None:
 
 def rendered(folder: Path, change: Callable[[dict], object]) -> None:
     """Changes a manifest as somebody would who knows how its checksum is made."""
-    from wtn_pretrain.training.checkpoint.manifest import _render
-
     body = json.loads((folder / MANIFEST).read_text())["manifest"]
     change(body)
-    (folder / MANIFEST).write_text(_render(body))
+    (folder / MANIFEST).write_text(sealed(body))
 
 
 @pytest.mark.parametrize(
@@ -202,51 +202,58 @@ def test_a_pickle_in_place_of_a_part_is_not_run(tmp_path: Path) -> None:
 
     folder = write(tmp_path, 3)
     torch.save(Harm(), folder / PART)
-    from wtn_pretrain.training.checkpoint.manifest import part_of
-
     rendered(folder, lambda body: body["parts"].update({PART: part_of(folder / PART).model_dump()}))
     with pytest.raises(DamagedError, match="cannot be read"):
         contents(folder)
     assert not (tmp_path / "harm").exists()
 
 
-@contextmanager
-def no_room(size: int) -> Iterator[None]:
-    """Lets no file of this process grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("size", [0, 300, 700], ids=["nothing", "half a part", "the part, not the manifest"])
-def test_a_full_disk_leaves_the_old_one(size: int, tmp_path: Path) -> None:
-    writer = Writer(tmp_path, Place(0, 1), 1)
+def test_a_full_disk_leaves_the_old_one(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = Writer(tmp_path, Place(0, 1), Keep(1))
     writer.start(*described(3))
     writer.wait()
     before = contents(tmp_path / "step3")
     assert 300 < (tmp_path / "step3" / PART).stat().st_size < 700 < (tmp_path / "step3" / MANIFEST).stat().st_size
     with no_room(size):
         writer.start(*described(4))
-        with pytest.raises(UserError, match=r"cannot be written \(.*the checkpoint before it is kept"):
-            writer.wait()
+        writer.wait()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be written (" in line and line.endswith(
+        "; the checkpoint before it is kept, and the training goes on to the next one (the first)"
+    )
     assert [step for step, _ in checkpoints_in(tmp_path)] == [3]
     assert contents(tmp_path / "step3") == before
     assert (tmp_path / "latest").read_text() == "step3\n"
     # once there is room it goes on
     writer.start(*described(5))
-    writer.close()
+    writer.wait()
     assert [step for step, _ in checkpoints_in(tmp_path)] == [5]
+    # the last one has to succeed
+    with no_room(size):
+        writer.start(*described(6))
+        with pytest.raises(UserError, match=r"cannot be written \(.*the checkpoint before it is kept"):
+            writer.close()
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [5]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_failed_does_not_count_among_the_last_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = Writer(tmp_path, Place(0, 1), Keep(2))
+    for step, room in ((1, None), (2, None), (3, 0), (4, 0), (5, None)):
+        with no_room(room) if room is not None else nullcontext():
+            writer.start(*described(step))
+            writer.wait()
+    writer.close()
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [5, 2]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
-    writer = Writer(tmp_path / "checkpoints", Place(0, 1), 1)
+    writer = Writer(tmp_path / "checkpoints", Place(0, 1), Keep(1))
     writer.start(*described(1))
     with pytest.raises(UserError, match="checkpoints.*cannot be written"):
-        writer.wait()
+        writer.close()
 
 
 def verified(path: Path) -> subprocess.CompletedProcess[str]:
@@ -258,14 +265,15 @@ def verified(path: Path) -> subprocess.CompletedProcess[str]:
 def test_the_tool_says_what_is_there(tmp_path: Path) -> None:
     folder = write(tmp_path / "run" / "wide" / "checkpoints", 3, 4)
     # starting a process takes seconds, and it does little more than this
-    assert find_checkpoints(tmp_path) == [folder, folder.with_name("step3")]
-    assert find_checkpoints(folder) == [folder]
+    assert [path for path, _ in find(tmp_path)] == [folder, folder.with_name("step3")]
+    assert [path for path, _ in find(folder)] == [folder]
+    assert [path for path, _ in find(folder.parent)] == [folder, folder.with_name("step3")]
     table = shown(folder, *contents(folder))
     assert "seed 0, stage wide" in table
     assert "1 ranks, tensor parallel 1, ZeRO 0, weights float32" in table
     assert any(line.split() == ["weights", "1", "32", "128", "0"] for line in table.splitlines())
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        find_checkpoints(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no checkpoint and no finished stage"):
+        find(tmp_path / "nothing")
     manifest, tensors = described(3)
     tensors["weights/layer.weight"][0, 0] = torch.nan
     folder.with_name("step3").joinpath(PART).unlink()

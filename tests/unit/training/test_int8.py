@@ -1,5 +1,6 @@
 """Training for int8: rounding as the int8 formats round, gradients through it, names and checkpoints as without it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from wtn_pretrain.models import BertConfig, BlockNetwork, ResNetConfig
 from wtn_pretrain.models.store import load_network, save_network
 from wtn_pretrain.recipe import Recipe
 from wtn_pretrain.stages import Stages
+from wtn_pretrain.tasks.base import evaluate
 from wtn_pretrain.training.int8 import MARK, fake_quantise, rounded, without_ranges
 
 BERT = BertConfig(vocab_size=50, hidden_size=16, heads=2, layers=2, max_positions=16, dropout=0, attention_dropout=0)
@@ -79,14 +81,21 @@ def test_stage_3_leaves_a_plain_network_and_resumes_bit_by_bit(tmp_path: Path, o
         return run
 
     whole = stages("whole")
-    whole.finetune(0)
-    assert load_network(whole.folder.stage("finetune")).config == whole.thin
+    result = whole.finetune(0)
+    left = load_network(whole.folder.stage("finetune"))
+    assert left.config == whole.thin
+    # what is left is plain and so is its score; that of the rounding network stands beside it
+    plain = evaluate(left, whole.task)
+    assert (result["loss"], result["metric"]) == (pytest.approx(plain["loss"], rel=1e-5), pytest.approx(plain["metric"]))
+    assert 0 < abs(result["int8_loss"] - result["loss"]) < 0.2 * result["loss"]
+    assert 0 <= result["int8_metric"] <= 100
     # as after a crash behind the checkpoint of step 3
     again = stages("again")
     again.finetune(0)
     folder = again.folder.stage("finetune")
     for file in ("done.json", "model.json", "model.safetensors"):
         (folder / file).unlink()
+    shutil.rmtree(folder / "checkpoints" / "step6")
     assert (folder / "checkpoints" / "step3").exists()
     again.finetune(0)
     assert equal_bits(weights(whole.folder.stage("finetune")), weights(folder))

@@ -1,6 +1,7 @@
 """The commands of tools/train_tokenizer.py and tools/preprocess_corpus.py."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,22 @@ from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.prepare.corpus import PARTS, Preparation, prepare_corpus
 from wtn_pretrain.data.prepare.sources import Reading, find_sources
 from wtn_pretrain.errors import UserError
+
+_UNIGRAM_MB = 200
+_TRAINING = ("--algorithm", "--vocab-size", "--cased", "--limit-mb")
+_TOKENIZER_FILES = frozenset(
+    (
+        "added_tokens.json",
+        "chat_template.jinja",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    )
+)
+"""What transformers writes of a tokenizer."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,14 +40,24 @@ class Parser(argparse.ArgumentParser):
 def main(command: Callable[[Sequence[str]], str], arguments: Sequence[str] | None = None) -> int:
     """Runs a command, prints what it says; the exit status, 2 after a mistake of the user's."""
     try:
-        print(command(sys.argv[1:] if arguments is None else arguments))
+        say(command(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        begun = command is preprocess_command
+        print(f"interrupted; {'the same command goes on from here' if begun else 'nothing was written'}", file=sys.stderr)
         return 130
     return 0
+
+
+def say(text: str) -> None:
+    """Prints `text`; whoever reads it may leave before the end, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # the interpreter flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def train_tokenizer_command(arguments: Sequence[str]) -> str:
@@ -41,13 +68,18 @@ def train_tokenizer_command(arguments: Sequence[str]) -> str:
         "python tools/train_tokenizer.py --out tok --from-sentencepiece spiece.model",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument("--algorithm", choices=("wordpiece", "bpe", "unigram"), default="wordpiece", help="default wordpiece")
-    parser.add_argument("--vocab-size", type=_count, default=30522, metavar="N", help="entries; rounded up to --multiple (default 30522)")
+    parser.add_argument("--algorithm", choices=("wordpiece", "bpe", "unigram"), help="default wordpiece")
+    parser.add_argument("--vocab-size", type=_count, metavar="N", help="entries; rounded up to --multiple (default 30522)")
     parser.add_argument("--multiple", type=_count, default=64, metavar="N", help="pad the vocabulary to a multiple of N (default 64)")
     parser.add_argument("--cased", action="store_true", help="keep case and accents")
     parser.add_argument(
-        "--limit-mb", type=float, metavar="X", help="millions of characters to train on, spread over the files (default: all)"
+        "--limit-mb",
+        type=_number,
+        metavar="X",
+        help="millions of characters to train on, spread over the files "
+        f"(default: all; unigram, which holds them in memory and trains in one thread: {_UNIGRAM_MB})",
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--from-sentencepiece", type=Path, metavar="FILE", help="convert this .model instead of training")
     options = parser.parse_args(arguments)
     from wtn_pretrain.data.prepare.sentencepiece_model import read_sentencepiece
@@ -56,18 +88,30 @@ def train_tokenizer_command(arguments: Sequence[str]) -> str:
     from wtn_pretrain.data.tokenizer import load_tokenizer, tokenizer_hash
 
     _free(options.out)
-    faults = Faults(options.faults)
+    faults, notes = Faults(options.faults), []
     if options.from_sentencepiece is not None:
+        without = (("PATH", options.paths), *((name, getattr(options, name[2:].replace("-", "_"))) for name in _TRAINING))
+        if idle := next((name for name, value in without if value not in (None, False, [])), None):
+            raise UserError(f"{idle}: says how to train, and --from-sentencepiece converts what is trained; leave one of them out")
         tokenizer = read_sentencepiece(options.from_sentencepiece, options.multiple)
     else:
-        limit = None if options.limit_mb is None else int(options.limit_mb * 1e6)
-        text = SourceText(tuple(find_sources(options.paths)), _reading(options), faults, limit)
-        tokenizer = train_tokenizer(options.algorithm, text, options.vocab_size, lowercase=not options.cased, multiple=options.multiple)
+        algorithm: Any = options.algorithm or "wordpiece"
+        megabytes = options.limit_mb
+        sources = tuple(find_sources(options.paths, without=options.out))
+        if algorithm == "unigram" and megabytes is None:
+            megabytes = _UNIGRAM_MB
+            if sum(source.size for source in sources) > 1e6 * megabytes:
+                notes.append(f"  trained on {megabytes} million characters spread over the files; --limit-mb takes more")
+        limit = None if megabytes is None else max(1, int(megabytes * 1e6))
+        with _Bar(options.quiet, "read") as bar:
+            text = SourceText(sources, _reading(options), faults, limit, bar)
+            size = options.vocab_size or 30522
+            tokenizer = train_tokenizer(algorithm, text, size, lowercase=not options.cased, multiple=options.multiple)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, options.out)
     # what was written is what training will read
     saved = load_tokenizer(options.out)
-    return "\n".join([f"{options.out}: {len(saved)} entries, hash {tokenizer_hash(saved)}", *_skipped(faults.state())])
+    return "\n".join([f"{options.out}: {len(saved)} entries, hash {tokenizer_hash(saved)}", *notes, *_skipped(faults.state())])
 
 
 def preprocess_command(arguments: Sequence[str]) -> str:
@@ -89,10 +133,10 @@ def preprocess_command(arguments: Sequence[str]) -> str:
     parser.add_argument(
         "--valid-fraction", type=float, default=0.05, metavar="F", help="part held out, by hash of the document (default 0.05)"
     )
-    parser.add_argument("--licence", default="unknown", metavar="TEXT", help="licence of the text, for the card")
+    parser.add_argument("--licence", metavar="TEXT", help="licence of the text, for the card; given again it is changed there")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that tokenise (default: one a core)")
-    parser.add_argument("--record-seconds", type=float, default=15, metavar="S", help="how much a kill costs at most (default 15)")
+    parser.add_argument("--record-seconds", type=_number, default=15, metavar="S", help="how much a kill costs at most (default 15)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="read a prepared corpus whole and compare all checksums")
     options = parser.parse_args(arguments)
@@ -116,7 +160,7 @@ def preprocess_command(arguments: Sequence[str]) -> str:
         options.workers,
         options.record_seconds,
     )
-    with _Bar(options.quiet) as bar:
+    with _Bar(options.quiet, "preprocess") as bar:
         card = prepare_corpus(plan, bar)
     return describe(options.out, card)
 
@@ -125,6 +169,11 @@ def describe(out: Path, card: dict[str, Any]) -> str:
     """A card in a few lines."""
     lines = [f"{out}: {card['documents_read']} documents read, {card['characters']} characters"]
     lines += [f"  {name}: {part['documents']} documents, {part['tokens']} tokens" for name, part in card["parts"].items()]
+    if card["settings"]["valid_fraction"] and not card["parts"]["valid"]["documents"]:
+        lines.append(
+            f"  warning: no document is held out, as there are {card['parts']['train']['documents']}; where a file holds several, "
+            "--boundary blank or line says what ends them; or set data.valid_paths when training"
+        )
     if any(card["duplicates"].values()):
         lines.append("  duplicates dropped: {exact} exact, {near} near".format(**card["duplicates"]))
     lines.append(f"  {card['seconds']} s, at most {card['peak_memory'] / 2**20:.0f} MiB in all processes")
@@ -163,7 +212,7 @@ def _parser(description: str, examples: str) -> Parser:
         default="auto",
         help="what ends a document in a text file (auto: <doc> lines, else the file)",
     )
-    parser.add_argument("--max-document", type=float, default=64, metavar="MB", help="megabytes that a document may have (default 64)")
+    parser.add_argument("--max-document", type=_number, default=64, metavar="MB", help="megabytes that a document may have (default 64)")
     parser.add_argument(
         "--faults", choices=("stop", "skip"), default="stop", help="stop at what cannot be read, or skip and count it (default stop)"
     )
@@ -177,8 +226,13 @@ def _reading(options: argparse.Namespace) -> Reading:
 
 
 def _free(out: Path) -> None:
-    if out.exists() and not (out / "tokenizer_config.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something that is no tokenizer; choose another --out")
+    """Refuses a folder of which anything but a tokenizer would be lost: it is replaced as a whole."""
+    if not out.exists():
+        return
+    held = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else [out.name]
+    other = next((name for name in held if name not in _TOKENIZER_FILES), None)
+    if other is not None or (held and "tokenizer_config.json" not in held):
+        raise UserError(f"{out}: holds {other or held[0]}, which is no tokenizer and would be lost; choose another --out")
 
 
 def _skipped(state: dict[str, Any]) -> list[str]:
@@ -194,13 +248,23 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 class _Bar:
     """A progress bar in bytes of input."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, what: str) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(unit="B", unit_scale=True, disable=quiet, desc="preprocess")
+        self._bar = tqdm(unit="B", unit_scale=True, disable=quiet, desc=what)
 
     def __enter__(self) -> "_Bar":
         return self

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from wtn_pretrain.data.token_files import id_dtype
 from wtn_pretrain.data.tokenizer import load_tokenizer, tokenizer_hash
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import sync_folder, write_text
+from wtn_pretrain.lock import LOCK, Lock
 from wtn_pretrain.version import __version__
 
 CARD = "card.json"
@@ -57,8 +59,8 @@ class Preparation:
     """Drop documents of about this Jaccard similarity and more with one before."""
     valid_fraction: float = 0.05
     """Documents held out, by their hash; 0: none."""
-    licence: str = "unknown"
-    """Of the text: stands in the card."""
+    licence: str | None = None
+    """Of the text: stands in the card. None: as it stands there, "unknown" at first."""
     faults: Policy = "stop"
     workers: int = 1
     """Processes beside this one; 0: none."""
@@ -91,7 +93,7 @@ def prepare_corpus(plan: Preparation, told: Callable[[int, int], None] | None = 
     """
     if not 0 <= plan.valid_fraction < 1:
         raise UserError(f"--valid-fraction {plan.valid_fraction}: is not from 0 up to, but not including, 1")
-    sources = find_sources(plan.paths)
+    sources = find_sources(plan.paths, without=plan.out)
     tokenizer = load_tokenizer(plan.tokenizer)
     settings = {
         "reading": asdict(plan.reading),
@@ -102,16 +104,20 @@ def prepare_corpus(plan: Preparation, told: Callable[[int, int], None] | None = 
     }
     identity = {"format": _FORMAT, "sources": [s.identity() for s in sources], "tokenizer": tokenizer_hash(tokenizer), **settings}
     key = xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
-    done = _read(plan.out / CARD)
-    if done is not None and done.get("key") == key:
+    if (done := _finished(plan, key)) is not None:
         return done
     if plan.out.exists() and (not plan.out.is_dir() or any(plan.out.iterdir())):
         raise UserError(f"{plan.out}: holds something else, or a corpus made with other settings; remove it or choose another --out")
     dtype = id_dtype(len(tokenizer))
     work = Work(tokenizer.backend_tokenizer.to_str(), dtype.str, plan.sentences, plan.near)
     began = time.monotonic()
+    making: _Making | None = None
     try:
         making = _Making(plan, sources, key, dtype)
+        if (done := _finished(plan, key)) is not None:
+            # another process put it there between the look above and this one's lock
+            making.leave()
+            return done
         if making.finished is None:
             making.go(work, told)
             tokenizer.save_pretrained(str(making.folder / "tokenizer"))
@@ -121,7 +127,7 @@ def prepare_corpus(plan: Preparation, told: Callable[[int, int], None] | None = 
                 "key": key,
                 "made": datetime.now(UTC).isoformat(timespec="seconds"),
                 "version": __version__,
-                "licence": plan.licence,
+                "licence": plan.licence or "unknown",
                 "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocab_size": len(tokenizer), "from": plan.tokenizer},
                 "settings": settings,
                 "sources": [{"name": s.name, "bytes": s.size, "documents": n} for s, n in zip(sources, making.read, strict=True)],
@@ -131,10 +137,31 @@ def prepare_corpus(plan: Preparation, told: Callable[[int, int], None] | None = 
                 "seconds": round(making.seconds + time.monotonic() - began, 1),
                 "peak_memory": making.peak,
             }
-            write_text(making.folder / CARD, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
-        return making.switch_in()
+            _write_card(making.folder, card)
+        making.switch_in()
     except OSError as error:
         raise UserError(f"{plan.out}: cannot be written ({error.strerror or error}); free the place or choose another --out") from None
+    finally:
+        if making is not None:
+            making.let_go()
+    card_there = _finished(plan, key)
+    assert card_there is not None
+    return card_there
+
+
+def _finished(plan: Preparation, key: str) -> dict[str, Any] | None:
+    """The card of the corpus that is to be made, if it is there; another licence of the text is noted in it."""
+    card = _read(plan.out / CARD)
+    if card is None or card.get("key") != key:
+        return None
+    if plan.licence is not None and card.get("licence") != plan.licence:
+        card["licence"] = plan.licence
+        _write_card(plan.out, card)
+    return card
+
+
+def _write_card(folder: Path, card: dict[str, Any]) -> None:
+    write_text(folder / CARD, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
 
 
 class _Making:
@@ -154,11 +181,13 @@ class _Making:
         self._bands = MinHash(plan.near).bands if plan.near is not None else 0
         self._began = self._committed = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder, "works here; wait for it, or choose another --out")
         self.finished = _read(self.folder / CARD)
         journal = _read(self.folder / _JOURNAL)
         if journal is not None and journal["cursor"] == [0, 0]:
             journal = None  # it had not come to anything
-        if journal is not None and journal["key"] != key:
+        if any(left is not None and left.get("key") != key for left in (self.finished, journal)):
+            self._lock.let_go()
             raise UserError(
                 f"{self.folder}: holds what is left of making a corpus with other settings or files; give those, or remove the folder"
             )
@@ -217,19 +246,30 @@ class _Making:
         self._seen_file.close()
         found = {name: part.finish() for name, part in self._parts.items()}
         if not found["train"]["documents"]:
-            raise UserError(f"{self.sources[0].name}{' and others' * (len(self.sources) > 1)}: no documents to train on; give more text")
+            raise UserError(
+                f"{self.sources[0].name}{' and others' * (len(self.sources) > 1)}: no documents to train on of the {sum(self.read)} read; "
+                "give more text, or where a file holds several documents say what ends them with --boundary blank or line"
+            )
         return found
 
-    def switch_in(self) -> dict[str, Any]:
-        """Puts the finished folder in its place; its card."""
+    def switch_in(self) -> None:
+        """Puts the finished folder in its place."""
         for name in (*(f"{part}.{kind}" for part in PARTS for kind in ("lengths", "counts")), "seen", _JOURNAL):
             (self.folder / name).unlink(missing_ok=True)
         sync_folder(self.folder)
+        # the lock goes along, so that nobody can take hold of the folder meanwhile
         os.replace(self.folder, self.plan.out)
+        (self.plan.out / LOCK).unlink(missing_ok=True)
         sync_folder(self.plan.out.parent)
-        card = _read(self.plan.out / CARD)
-        assert card is not None
-        return card
+
+    def leave(self) -> None:
+        """Removes the folder, which this process has just made and which holds nothing."""
+        self.let_go()
+        shutil.rmtree(self.folder)
+
+    def let_go(self) -> None:
+        """Lets others at the folder."""
+        self._lock.let_go()
 
     def counts(self) -> dict[str, Any]:
         return {"documents_read": sum(self.read), "characters": self.characters, "duplicates": self.dropped}

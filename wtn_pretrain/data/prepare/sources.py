@@ -2,13 +2,14 @@
 
 import glob
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from wtn_pretrain.data.faults import Faults
-from wtn_pretrain.data.prepare.streams import COMPRESSED, UNREADABLE, ExpansionError, Stream, open_stream
+from wtn_pretrain.data.prepare.streams import COMPRESSED, UNREADABLE, ExpansionError, Stream, expands_too_far, open_stream
 from wtn_pretrain.errors import UserError
 
 Boundary = Literal["auto", "blank", "line", "file"]
@@ -16,6 +17,9 @@ Kind = Literal["text", "jsonl", "parquet", "datasets"]
 
 _KINDS: dict[str, Kind] = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _DATASETS = "datasets:"
+# what says that a folder holds what these tools wrote: no text, though its JSON files look like it
+_MADE = ("card.json", "tokenizer_config.json")
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 64, 1 << 24
 
 
 class Document(NamedTuple):
@@ -57,26 +61,29 @@ class Reading:
     """Split of a `datasets` name."""
 
 
-def find_sources(paths: Iterable[str]) -> list[Source]:
+def find_sources(paths: Iterable[str], *, without: Path | None = None) -> list[Source]:
     """The sources that `paths` name, each once, in order: files (.txt, .jsonl, .parquet, also with .gz, .xz, .bz2 or .zst), glob
     patterns, folders with such files below them, and `datasets:NAME[:CONFIGURATION]`.
 
+    Of folders, hidden files and folders, prepared corpora and tokenizers are left out, and so is what lies in `without`.
     Raises a UserError for what is missing or of no known kind.
     """
     found: dict[str, Source] = {}
+    out = without.resolve() if without is not None else None
     for name in paths:
         if name.startswith(_DATASETS):
             found[name] = Source(name, "datasets", 0)
             continue
         path = Path(name)
         if path.is_dir():
-            inside = sorted(entry for entry in path.rglob("*") if entry.is_file() and _kind(entry) is not None)
+            inside = sorted(_below(path, out))
             if not inside:
                 raise UserError(f"{path}: no {', '.join(_KINDS)} files below it; name the folder of the text")
         elif path.is_file():
             inside = [path]
         else:
-            inside = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+            inside = [match for match in matches if match.is_file() and not (out and match.resolve().is_relative_to(out))]
             if not inside:
                 raise UserError(f"{name}: no such file or folder; {_DATASETS}NAME takes a name of the datasets library")
         for entry in inside:
@@ -85,6 +92,16 @@ def find_sources(paths: Iterable[str]) -> list[Source]:
     if not found:
         raise UserError("no paths of text were given; name files, folders or datasets:NAME")
     return list(found.values())
+
+
+def _below(folder: Path, without: Path | None) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        if here.resolve() == without or any(name in files for name in _MADE):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (here / name for name in files if not name.startswith(".") and _kind(here / name) is not None)
 
 
 def documents(source: Source, reading: Reading, faults: Faults) -> Iterator[Document]:
@@ -139,7 +156,8 @@ def _text_documents(stream: Stream, reading: Reading, faults: Faults) -> Iterato
             held.append(line)
             size += len(line)
             if size > reading.max_document or not whole:
-                _too_long(f"{stream.path}, byte {start}", reading.max_document, faults)
+                more = "" if reading.boundary == "line" else "; --boundary blank or line says what else ends one"
+                _too_long(f"{stream.path}, byte {start}", reading.max_document, faults, more)
                 # not one byte more is kept, however long it goes on
                 held, too_long = [b""], True
         if reading.boundary == "line":
@@ -180,15 +198,63 @@ def _parquet_documents(source: Source, reading: Reading, faults: Faults) -> Iter
         with pyarrow.parquet.ParquetFile(source.name) as table:
             if reading.column not in table.schema_arrow.names:
                 raise UserError(f"{source.name}: no column {reading.column}, only {', '.join(table.schema_arrow.names)}; set --column")
+            kind = table.schema_arrow.field(reading.column).type
+        texts = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        # a text that is there many times is held once: the file's own dictionaries are kept
+        with pyarrow.parquet.ParquetFile(source.name, read_dictionary=[reading.column] if texts else None) as table:
             rows = max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(batch_size=64, columns=[reading.column], use_threads=False):
-                for text in batch.column(0).to_pylist():
-                    yield from _checked(text, f"{source.name}, row {row}", reading, faults, source.size * (row + 1) // rows)
-                    row += 1
+            for number in range(table.num_row_groups):
+                group = table.metadata.row_group(number)
+                packed, size = _column_sizes(group, reading.column)
+                if expands_too_far(packed, size):
+                    what = f"{packed} bytes of {reading.column} hold {size}, as a decompression bomb does"
+                    faults.report("decompression bomb", f"{source.name}, row {row}", what)
+                    row += group.num_rows
+                    continue
+                together = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE * group.num_rows // max(1, size)))
+                for batch in table.iter_batches(together, row_groups=[number], columns=[reading.column], use_threads=False):
+                    for text in _cells(batch.column(0), reading.max_document):
+                        where = f"{source.name}, row {row}"
+                        row += 1
+                        if text is _LONG:
+                            _too_long(where, reading.max_document, faults)
+                        else:
+                            yield from _checked(text, where, reading, faults, source.size * row // rows)
     except UnicodeDecodeError as error:
         faults.report("invalid UTF-8", f"{source.name}, after row {row}", f"not UTF-8 text ({error.reason})")
     except (pyarrow.ArrowException, OSError) as error:
         faults.report("unreadable file", f"{source.name}, row {row}", f"cannot be read on ({str(error).splitlines()[0]})")
+
+
+_LONG = object()
+
+
+def _cells(column: Any, most: int) -> Iterator[Any]:
+    """The values of an arrow column, one at a time; `_LONG` for a text that cannot be shorter than `most` characters."""
+    import pyarrow
+    import pyarrow.compute
+
+    values, places = column, range(len(column))
+    if pyarrow.types.is_dictionary(column.type):
+        values, places = column.dictionary, column.indices.to_pylist()
+    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+        yield from column.to_pylist()
+        return
+    # of bytes, of which a character has four at most
+    sizes = pyarrow.compute.binary_length(values).to_pylist()
+    for place in places:
+        size = None if place is None else sizes[place]
+        yield None if size is None else _LONG if size > 4 * most else values[place].as_py()
+
+
+def _column_sizes(group: Any, column: str) -> tuple[int, int]:
+    """Bytes of a column of a row group as they lie in the file, and unpacked."""
+    packed = size = 0
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        if chunk.path_in_schema.split(".")[0] == column:
+            packed, size = packed + chunk.total_compressed_size, size + chunk.total_uncompressed_size
+    return packed, size
 
 
 def _dataset_documents(source: Source, reading: Reading, faults: Faults) -> Iterator[Document]:
@@ -250,8 +316,8 @@ def _checked(text: Any, where: str, reading: Reading, faults: Faults, consumed: 
         yield Document(text.strip(), where, consumed)
 
 
-def _too_long(where: str, limit: int, faults: Faults) -> None:
-    faults.report("document too long", where, f"a document of more than {limit} bytes (--max-document)")
+def _too_long(where: str, limit: int, faults: Faults, more: str = "") -> None:
+    faults.report("document too long", where, f"a document of more than {limit} bytes (--max-document{more})")
 
 
 def _encodable(text: str) -> bool:

@@ -23,6 +23,11 @@ _EXPANSION = 200
 _EXPANDED_AT_LEAST = 1 << 26
 
 
+def expands_too_far(packed: int, size: int) -> bool:
+    """Whether `packed` bytes that become `size` are a decompression bomb."""
+    return size > max(_EXPANDED_AT_LEAST, _EXPANSION * packed)
+
+
 class ExpansionError(OSError):
     """A compressed file holds suspiciously much: a decompression bomb."""
 
@@ -50,7 +55,7 @@ class Stream:
         """The next line with its end, or its first `limit` bytes; empty at the end of the file."""
         read: bytes = self._stream.readline(limit)
         self.position += len(read)
-        if self._compressed and self.position > max(_EXPANDED_AT_LEAST, _EXPANSION * self._size):
+        if self._compressed and expands_too_far(self._size, self.position):
             raise ExpansionError(f"{self._size} bytes hold more than {_EXPANSION} times as many, as a decompression bomb does")
         return read
 

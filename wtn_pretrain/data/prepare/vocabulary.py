@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -29,16 +29,22 @@ class SourceText:
     faults: Faults
     limit: int | None = None
     """Characters to take at most; spread over the sources in proportion to their sizes on disk."""
+    told: Callable[[int, int], None] | None = None
+    """Called now and then with the bytes read, anew each time that the text is, and the bytes there are (0: unknown)."""
 
     def __iter__(self) -> Iterator[str]:
         # they count once, however often the text is read
-        self.faults.restore({"counts": {}, "examples": {}})
+        self.faults.forget()
         whole = sum(source.size for source in self.sources)
+        total = whole if self.limit is None and all(source.size for source in self.sources) else 0
+        before = 0
         for source in self.sources:
             left = None
             if self.limit is not None:
                 left = int(self.limit * (source.size / whole if whole else 1 / len(self.sources))) + 1
             for document in documents(source, self.reading, self.faults):
+                if self.told is not None:
+                    self.told(before + document.consumed, total)
                 text = document.text if left is None else document.text[:left]
                 for line in text.splitlines():
                     for first in range(0, len(line), _PARAGRAPH):
@@ -46,6 +52,7 @@ class SourceText:
                             yield piece
                 if left is not None and (left := left - len(text)) <= 0:
                     break
+            before += source.size
 
 
 def train_tokenizer(

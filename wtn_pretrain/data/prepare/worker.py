@@ -1,7 +1,7 @@
 """What a worker process does with a batch of documents: cut, tokenise, hash. It imports no more than that needs."""
 
+import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +9,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from wtn_pretrain.data.prepare.duplicates import MinHash, text_hash
+from wtn_pretrain.data.prepare.pieces import cuts_of, pieces
 from wtn_pretrain.data.prepare.sentences import split_sentences
 from wtn_pretrain.data.prepare.words import Words, works_by_words
 
-_PIECE = 1 << 14
-"""Characters that are tokenised together: what a piece holds in memory is some hundred times as much."""
 _TOGETHER = 1 << 19
 """Characters of the pieces that one call tokenises."""
 
@@ -56,19 +55,20 @@ class Preparer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._words = Words(self._tokenizer, work.dtype) if works_by_words(self._tokenizer) else None
+        self._cuts = cuts_of(self._tokenizer)
         self._near = MinHash(work.near) if work.near is not None else None
 
     def __call__(self, texts: list[str]) -> Prepared:
-        pieces: list[str] = []
+        cut: list[str] = []
         sequence: list[int] = []  # of each piece
         document: list[int] = []  # of each sequence
         for number, text in enumerate(texts):
             for part in split_sentences(text) if self._work.sentences else [text]:
-                for piece in _pieces(part):
-                    pieces.append(piece)
+                for piece in pieces(part, self._cuts):
+                    cut.append(piece)
                     sequence.append(len(document))
                 document.append(number)
-        ids, sizes = self._encode(pieces)
+        ids, sizes = self._encode(cut)
         lengths = np.bincount(np.array(sequence, np.int64), weights=sizes, minlength=len(document)).astype(np.int32)
         full = lengths > 0
         counts = np.bincount(np.array(document, np.int64)[full], minlength=len(texts)).astype(np.int32)
@@ -97,19 +97,6 @@ class Preparer:
         return (np.concatenate(found) if found else np.zeros(0, self._work.dtype)), sizes
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut before white space, at the end of a line where there is one, so that no word is cut unless it fills a piece."""
-    start = 0
-    while len(text) - start > _PIECE:
-        stop = max(text.rfind("\n", start + _PIECE // 2, start + _PIECE), -1)
-        if stop < 0:
-            stop = text.rfind(" ", start + 1, start + _PIECE)
-        stop = stop if stop > start else start + _PIECE
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
 def peak_memory() -> int:
     """The most memory that this process has had, in bytes; 0 where the system does not say."""
     try:
@@ -128,6 +115,8 @@ def begin(work: Work) -> None:
     global _PREPARER
     # an interrupt from the keyboard reaches the whole group, and the parent says what is to be said
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # the processes are the cores: threads of each would outnumber them
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _PREPARER = Preparer(work)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.bert.config import BertConfig
+from wtn_pretrain.models.conversion import told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,32 +50,36 @@ def empty(config: BertConfig) -> "PreTrainedModel":
     return (BertForMaskedLM if post else MegatronBertForMaskedLM)(hf_config)
 
 
-def shape(hf: Any, keys: Collection[str]) -> BertConfig:
+def shape(hf: Any, keys: Collection[str], source: str) -> BertConfig:
     """The shape that a Hugging Face configuration tells, with the heads that the keys of the weights show.
+
+    Args:
+        source: what a refusal calls it.
 
     Raises:
         UserError: it tells of something that our BERT is not, or there is no masked-language-model head.
     """
     for key, wanted in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
         if getattr(hf, key, wanted) != wanted:
-            raise UserError(f"teacher: {key} {getattr(hf, key)!r} is not supported, only {wanted!r}")
+            raise UserError(f"{source}: {key} {getattr(hf, key)!r} is not supported, only {wanted!r}")
     if not any(name.startswith("cls.predictions.transform.") for name in keys):
-        raise UserError("teacher: has no masked-language-model head (cls.predictions...); give a ForMaskedLM or ForPreTraining model")
-    return BertConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        layers=hf.num_hidden_layers,
-        heads=hf.num_attention_heads,
-        intermediate_size=hf.intermediate_size,
-        max_positions=hf.max_position_embeddings,
-        token_types=hf.type_vocab_size,
-        norm="post" if hf.model_type == "bert" else "pre",
-        dropout=hf.hidden_dropout_prob,
-        attention_dropout=hf.attention_probs_dropout_prob,
-        layer_norm_eps=hf.layer_norm_eps,
-        initializer_range=hf.initializer_range,
-        pair_head="nsp" if "cls.seq_relationship.weight" in keys else "none",
-    )
+        raise UserError(f"{source}: has no masked-language-model head (cls.predictions...); give a ForMaskedLM or ForPreTraining model")
+    shape = {
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "layers": hf.num_hidden_layers,
+        "heads": hf.num_attention_heads,
+        "intermediate_size": hf.intermediate_size,
+        "max_positions": hf.max_position_embeddings,
+        "token_types": hf.type_vocab_size,
+        "norm": "post" if hf.model_type == "bert" else "pre",
+        "dropout": hf.hidden_dropout_prob,
+        "attention_dropout": hf.attention_probs_dropout_prob,
+        "layer_norm_eps": hf.layer_norm_eps,
+        "initializer_range": hf.initializer_range,
+        "pair_head": "nsp" if "cls.seq_relationship.weight" in keys else "none",
+    }
+    return told(BertConfig, source, shape)
 
 
 def canonical(theirs: Mapping[str, Tensor], config: BertConfig, source: str) -> dict[str, Tensor]:

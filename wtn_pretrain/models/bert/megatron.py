@@ -3,6 +3,7 @@
 The layout and its three orders of query, key and value are those that Hugging Face's conversion of Megatron BERT documents.
 """
 
+from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.bert.config import BertConfig
+from wtn_pretrain.models.conversion import told
 
 _NAMES = {
     "input_layernorm": "attention_norm",
@@ -26,17 +28,25 @@ def recognises(checkpoint: Any) -> bool:
     return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("model"), Mapping) and "language_model" in checkpoint["model"]
 
 
-def shape(checkpoint: Mapping[str, Any], source: str) -> BertConfig:
+def shape(checkpoint: Mapping[str, Any], source: str, heads: int = 0) -> BertConfig:
     """The shape that the arguments stored with the weights tell.
 
+    Args:
+        heads: of attention, where there are no arguments to tell; 0: not known.
+
     Raises:
-        UserError: they are not there, or tell of something that our pre-LN BERT is not.
+        UserError: nothing tells the heads, or the arguments tell of something that our pre-LN BERT is not.
     """
-    told = checkpoint.get("args")
-    values = dict(told) if isinstance(told, Mapping) else vars(told) if told is not None else {}
-    heads = values.get("num_attention_heads")
+    arguments = checkpoint.get("args")
+    values: dict[str, Any] = {}
+    if isinstance(arguments, Mapping | Namespace):
+        values = dict(arguments if isinstance(arguments, Mapping) else vars(arguments))
+    stored = values.get("num_attention_heads")
+    if stored and heads and stored != heads:
+        raise UserError(f"{source}: its args say {stored} heads and wide.teacher_heads {heads}; leave that out")
+    heads = stored or heads
     if not heads:
-        raise UserError(f"{source}: holds no args with num_attention_heads, which the weights do not show; save it with its arguments")
+        raise UserError(f"{source}: holds no args with num_attention_heads, which the weights do not show; set wide.teacher_heads")
     if (
         values.get("tensor_model_parallel_size", values.get("model_parallel_size", 1)) != 1
         or values.get("pipeline_model_parallel_size", 1) != 1
@@ -46,24 +56,29 @@ def shape(checkpoint: Mapping[str, Any], source: str) -> BertConfig:
         if values.get(key):
             raise UserError(f"{source}: was trained with {key}, which this BERT does not have")
     tensors = flat(checkpoint)
-    layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=-1)
+    numbers = (name.split(".")[1] for name in tensors if name.startswith("layers."))
+    layers = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
     need = ("word_embeddings.weight", "position_embeddings.weight", "tokentype_embeddings.weight", "layers.0.mlp.dense_h_to_4h.weight")
     gone = [name for name in need if name not in tensors]
     if gone:
         raise UserError(f"{source}: the shape of a BERT cannot be read from its keys: missing {', '.join(gone)}")
+    odd = [f"{name} {list(tensors[name].shape)}" for name in need if tensors[name].dim() != 2]
+    if odd:
+        raise UserError(f"{source}: its keys do not fit a bert: of another shape {', '.join(odd)}")
     word = tensors["word_embeddings.weight"]
-    return BertConfig(
-        vocab_size=word.shape[0],
-        hidden_size=word.shape[1],
-        layers=layers,
-        heads=heads,
-        intermediate_size=tensors["layers.0.mlp.dense_h_to_4h.weight"].shape[0],
-        max_positions=tensors["position_embeddings.weight"].shape[0],
-        token_types=tensors["tokentype_embeddings.weight"].shape[0],
-        norm="pre",
-        layer_norm_eps=values.get("layernorm_epsilon", 1e-5),
-        pair_head="nsp" if "binary_head.weight" in tensors else "none",
-    )
+    found = {
+        "vocab_size": word.shape[0],
+        "hidden_size": word.shape[1],
+        "layers": layers,
+        "heads": heads,
+        "intermediate_size": tensors["layers.0.mlp.dense_h_to_4h.weight"].shape[0],
+        "max_positions": tensors["position_embeddings.weight"].shape[0],
+        "token_types": tensors["tokentype_embeddings.weight"].shape[0],
+        "norm": "pre",
+        "layer_norm_eps": values.get("layernorm_epsilon", 1e-5),
+        "pair_head": "nsp" if "binary_head.weight" in tensors else "none",
+    }
+    return told(BertConfig, source, found)
 
 
 def flat(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -88,7 +103,9 @@ def flat(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def divided(checkpoint: Mapping[str, Any], config: BertConfig, source: str) -> dict[str, Tensor]:
     """The tensors of `flat` with query, key and value apart (`layers.0.query.weight`)."""
-    version = float(checkpoint.get("checkpoint_version", 0.0))
+    version = checkpoint.get("checkpoint_version", 0.0)
+    if not isinstance(version, int | float):
+        raise UserError(f"{source}: has checkpoint_version {version!r}; known are 0 to 3")
     result = {}
     for name, value in flat(checkpoint).items():
         if ".attention.query_key_value." not in name:

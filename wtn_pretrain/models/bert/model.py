@@ -10,7 +10,9 @@ from torch.distributed import ProcessGroup
 
 from wtn_pretrain.kernels.attention import attend, same_document
 from wtn_pretrain.kernels.bias_gelu import linear_gelu
+from wtn_pretrain.kernels.dropout import Dropout
 from wtn_pretrain.kernels.dropout_add_norm import dropout_add_norm
+from wtn_pretrain.kernels.linear import Linear
 from wtn_pretrain.kernels.linear_cross_entropy import linear_cross_entropy
 from wtn_pretrain.models.base import BlockNetwork, Carry, Taps
 from wtn_pretrain.models.bert.config import BertConfig
@@ -25,7 +27,7 @@ class BertStem(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.hidden_size)
         self.token_type = nn.Embedding(config.token_types, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm == "post" else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Carry:
         """`input_ids` [B, S] int64, optional `token_type_ids` [B, S] int64, and one of `attention_mask` [B, S] (1 = token, 0 = padding)
@@ -85,16 +87,16 @@ class BertBlock(nn.Module):
         self.pre_norm = config.norm == "pre"
         self.heads, self.head_size = config.heads, config.head_size
         inner = config.heads * config.head_size
-        self.query = nn.Linear(config.hidden_size, inner)
-        self.key = nn.Linear(config.hidden_size, inner)
-        self.value = nn.Linear(config.hidden_size, inner)
-        self.attention_output = nn.Linear(inner, config.hidden_size)
+        self.query = Linear(config.hidden_size, inner)
+        self.key = Linear(config.hidden_size, inner)
+        self.value = Linear(config.hidden_size, inner)
+        self.attention_output = Linear(inner, config.hidden_size)
         self.attention_norm: nn.LayerNorm = AddNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.intermediate = GeluLinear(config.hidden_size, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.output = Linear(config.intermediate_size, config.hidden_size)
         self.output_norm: nn.LayerNorm = AddNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention_dropout = nn.Dropout(config.attention_dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, carry: Carry, taps: Taps | None = None) -> Carry:
         """Carry to carry; with `taps`, also lays open the attention scores [B, H, S, S] before the softmax, scaled; padding is not

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.models.conversion import told
 from wtn_pretrain.models.resnet.config import ResNetConfig
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def empty(config: ResNetConfig) -> "PreTrainedModel":
     )
 
 
-def shape(hf: Any, keys: Collection[str]) -> ResNetConfig:
+def shape(hf: Any, keys: Collection[str], source: str) -> ResNetConfig:
     """The shape that a Hugging Face configuration tells; it does not say for which image size it was made.
 
     Raises:
@@ -52,17 +53,18 @@ def shape(hf: Any, keys: Collection[str]) -> ResNetConfig:
     """
     for key, wanted in (("hidden_act", "relu"), ("downsample_in_first_stage", False), ("downsample_in_bottleneck", False)):
         if getattr(hf, key) != wanted:
-            raise UserError(f"teacher: {key} {getattr(hf, key)!r} is not supported, only {wanted!r}")
+            raise UserError(f"{source}: {key} {getattr(hf, key)!r} is not supported, only {wanted!r}")
     if not any(name.startswith("classifier.") for name in keys):
-        raise UserError("teacher: has no classifier; give a ResNetForImageClassification")
-    return ResNetConfig(
-        block=hf.layer_type,
-        depths=tuple(hf.depths),
-        channels=tuple(hf.hidden_sizes),
-        stem_channels=hf.embedding_size,
-        image_channels=hf.num_channels,
-        classes=hf.num_labels,
-    )
+        raise UserError(f"{source}: has no classifier; give a ResNetForImageClassification")
+    shape = {
+        "block": hf.layer_type,
+        "depths": hf.depths,
+        "channels": hf.hidden_sizes,
+        "stem_channels": hf.embedding_size,
+        "image_channels": hf.num_channels,
+        "classes": hf.num_labels,
+    }
+    return told(ResNetConfig, source, shape)
 
 
 def canonical(theirs: Mapping[str, Tensor], config: ResNetConfig, source: str) -> dict[str, Tensor]:

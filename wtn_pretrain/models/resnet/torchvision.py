@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.models.conversion import told
 from wtn_pretrain.models.resnet.config import ResNetConfig
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
@@ -60,17 +61,18 @@ def shape(theirs: Mapping[str, Tensor], source: str) -> ResNetConfig:
     if odd:
         raise UserError(f"{source}: its keys do not fit a resnet: of another shape {', '.join(odd)}")
     stages = range(1, len(depths) + 1)
-    return ResNetConfig(
-        block="bottleneck" if last == "conv3" else "basic",
-        stem="cifar" if cifar else "imagenet",
-        shortcut="padding" if cifar and not any(".downsample." in name for name in theirs) else "projection",
-        depths=tuple(depths[stage] for stage in stages),
-        channels=tuple(theirs[f"layer{stage}.0.{last}.weight"].shape[0] for stage in stages),
-        inner_channels=tuple(theirs[f"layer{stage}.0.conv1.weight"].shape[0] for stage in stages),
-        stem_channels=theirs["conv1.weight"].shape[0],
-        image_channels=theirs["conv1.weight"].shape[1],
-        classes=theirs[head].shape[0],
-    )
+    shape = {
+        "block": "bottleneck" if last == "conv3" else "basic",
+        "stem": "cifar" if cifar else "imagenet",
+        "shortcut": "padding" if cifar and not any(".downsample." in name for name in theirs) else "projection",
+        "depths": tuple(depths[stage] for stage in stages),
+        "channels": tuple(theirs[f"layer{stage}.0.{last}.weight"].shape[0] for stage in stages),
+        "inner_channels": tuple(theirs[f"layer{stage}.0.conv1.weight"].shape[0] for stage in stages),
+        "stem_channels": theirs["conv1.weight"].shape[0],
+        "image_channels": theirs["conv1.weight"].shape[1],
+        "classes": theirs[head].shape[0],
+    }
+    return told(ResNetConfig, source, shape)
 
 
 def names(config: ResNetConfig) -> dict[str, str]:

@@ -14,28 +14,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wtn_pretrain.checkpoint.files import DamagedError, Parts, dtype_name, dtype_of, on_host, require_same, versions
+from wtn_pretrain.checkpoint.keeping import LAST_TWO, Keep
 from wtn_pretrain.device import device
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.parallel.tensor import whole
+from wtn_pretrain.screen import say
 from wtn_pretrain.training.checkpoint.manifest import (
     BUFFERS,
     FORMAT,
-    DamagedError,
     Layout,
     Manifest,
     Other,
     Parameter,
-    Parts,
     check_parts,
     checkpoints_in,
-    dtype_of,
     read_manifest,
 )
 from wtn_pretrain.training.checkpoint.masters import Held, Masters, counters, cut, set_counters, whole_shape
 from wtn_pretrain.training.checkpoint.writer import Writer
-from wtn_pretrain.training.monitor import say
-from wtn_pretrain.version import __version__
 
 
 class Stateful(Protocol):
@@ -67,14 +65,14 @@ class Checkpoints:
         *,
         identity: Mapping[str, int | str],
         beside: Mapping[str, Stateful] | None = None,
-        keep: int = 2,
+        keep: Keep = LAST_TWO,
     ) -> None:
         """
         Args:
             network: the part of the engine's module whose parameters and buffers are kept, under their names in it.
             identity: what a run must have in common with another to continue its checkpoints, `stage` among it.
             beside: what else is kept, by name.
-            keep: how many checkpoints are kept.
+            keep: which checkpoints are kept.
         """
         self.folder = folder
         self._engine, self._network, self._place = engine, network, place
@@ -94,9 +92,6 @@ class Checkpoints:
 
         Args:
             seconds: wall time of the training so far.
-
-        Raises:
-            UserError: the save before this one could not be written; the checkpoint before that is kept.
         """
         began = time.monotonic()
         # there is never more than one copy in host memory
@@ -109,19 +104,19 @@ class Checkpoints:
             if mine(held.values[0].numel()):
                 kept = Parameter(part=part, shape=tuple(held.values[0].shape), states=tuple(held.states), updates=held.updates)
                 parameters[name] = kept
-                tensors.update(zip(kept.keys(name), map(_on_host, held.values), strict=True))
+                tensors.update(zip(kept.keys(name), map(on_host, held.values), strict=True))
         for key, source, value in self._others():
             value = whole(source, value)
             if mine(value.numel()):
-                others[key] = Other(part=part, shape=tuple(value.shape), dtype=_name(value.dtype))
-                tensors[key] = _on_host(value)
+                others[key] = Other(part=part, shape=tuple(value.shape), dtype=dtype_name(value.dtype))
+                tensors[key] = on_host(value)
         manifest = Manifest(
             format=FORMAT,
             identity=self._identity,
             step=step,
             seconds=seconds,
             layout=self._layout(),
-            versions=_versions(),
+            versions=versions(),
             counters=counters(self._engine),
             parameters=parameters,
             others=others,
@@ -130,11 +125,15 @@ class Checkpoints:
         self._writer.start(manifest, tensors)
         return Saved(time.monotonic() - began, sum(value.nbytes for value in tensors.values()))
 
+    def settle(self) -> None:
+        """Returns when this rank has written what was begun, or could not; once all ranks have, it is the newest."""
+        self._writer.wait()
+
     def close(self) -> None:
-        """Returns when this rank has written all that it has to.
+        """Returns when all ranks have written all that they have to.
 
         Raises:
-            UserError: the last save could not be written.
+            UserError: the last save could not be written; the checkpoint before it is kept.
         """
         self._writer.close()
 
@@ -158,7 +157,7 @@ class Checkpoints:
             ranks=self._place.world_size,
             tensor=max((dist.get_world_size(group) for group in groups if group is not None), default=1),
             zero=int(self._engine.zero_optimization_stage()),
-            weights=_name(next(iter(self._parameters.values())).dtype),
+            weights=dtype_name(next(iter(self._parameters.values())).dtype),
         )
 
     # resuming
@@ -207,10 +206,7 @@ class Checkpoints:
         return None
 
     def _require_fit(self, folder: Path, manifest: Manifest, step: int) -> None:
-        for name in sorted(self._identity.keys() | manifest.identity.keys()):
-            then, now = manifest.identity.get(name), self._identity.get(name)
-            if then != now:
-                raise DamagedError(f"{folder}: belongs to another run ({name} {then}, and here {now})")
+        require_same(folder, manifest.identity, self._identity)
         if manifest.step != step:
             raise DamagedError(f"{folder}: is the checkpoint of step {manifest.step}")
         here = {name: whole_shape(parameter) for name, parameter in self._parameters.items()}
@@ -282,18 +278,3 @@ class _Deal:
         rank = self._elements.index(min(self._elements))
         self._elements[rank] += elements
         return rank == self._rank
-
-
-def _on_host(value: Tensor) -> Tensor:
-    """A contiguous copy in host memory."""
-    return torch.empty(value.shape, dtype=value.dtype).copy_(value)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _versions() -> dict[str, str]:
-    import deepspeed
-
-    return {"wtn_pretrain": __version__, "torch": str(torch.__version__), "deepspeed": deepspeed.__version__}

@@ -1,0 +1,198 @@
+"""The shipped batch scripts under a real Slurm of two nodes on this machine: slurmctld, slurmd, munged and namespaces (`slurm.py`)."""
+
+import re
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import CPUS, Slurm, slurm, why_no_slurm
+from tests.running import BERT, ROOT, Forge, equal_bits, losses, recipe, steps_logged, weights, write_recipe
+from wtn_pretrain.parallel.launchers import expand_hosts
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm() or "Slurm is here")]
+
+SMALL = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=20"]
+"""What the shipped scripts ask for, brought down to this machine."""
+LONG = {"wide.steps": 300, "wide.checkpoint_every": 250}
+"""The checkpoint of its own comes late, so that what continues is the one that the signal asked for."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with slurm(tmp_path_factory.mktemp("slurm")) as made:
+        yield made
+
+
+def sbatch(cluster: Slurm, folder: Path, stage: str, *arguments: str, options: tuple[str, ...] = ()) -> int:
+    """Submits a shipped batch script for two nodes of one rank, from a folder that holds the recipe."""
+    cluster.environment["WTN_ROOT"] = str(ROOT)
+    call = ["--nodes=2", "--ntasks-per-node=1", *SMALL, *options, str(ROOT / "scripts/slurm" / f"{stage}.sbatch")]
+    return cluster.submit(*call, "--config", "recipe.yaml", *arguments, cwd=folder)
+
+
+def submit(cluster: Slurm, folder: Path, *arguments: str, ranks: int = 1) -> str:
+    """tools/submit.py for two nodes of `ranks` ranks, followed to the end of its jobs, which must succeed."""
+    call = ["python", str(ROOT / "tools/submit.py"), "recipe.yaml", "--nodes", "2", "--ranks-per-node", str(ranks)]
+    return cluster.succeed(*call, "--gpus-per-node", "0", "--time", "20", *arguments, cwd=folder, timeout=600)
+
+
+def told(folder: Path, job: int) -> str:
+    """All that a job has said."""
+    logs = [*folder.glob(f"*-{job}.out"), *sorted(folder.glob(f"logs/*-{job}/*.log"))]
+    return "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in logs)
+
+
+def until_step(cluster: Slurm, folder: Path, job: int, step: int, timeout: float = 240) -> None:
+    """Waits until the run of a job has logged a step of stage 1."""
+    deadline = time.monotonic() + timeout
+    while max(steps_logged(folder / "runs/bert/wide"), default=0) < step:
+        assert cluster.facts(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), told(folder, job)
+        assert time.monotonic() < deadline, told(folder, job)
+        time.sleep(0.1)
+
+
+def test_lists_of_hosts_are_read_as_slurm_does(cluster: Slurm) -> None:
+    lists = ["n1", "n[1-3]", "n[01-03,7],login", "gpu-a[08-11,100]-ib[0-1],x", "a,b,c[2]", "r[1-2]n[09-10]"]
+    for nodes in lists:
+        assert list(expand_hosts(nodes)) == cluster.succeed("scontrol", "show", "hostnames", nodes, cwd=cluster.folder).split()
+
+
+def test_two_nodes_give_the_loss_curve_of_two_processes(cluster: Slurm, forge: Forge, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    folder = tmp_path / "there"
+    folder.mkdir()
+    plain = forge.start("train_wide.py", write_recipe(tmp_path / "here" / "recipe.yaml", recipe(BERT)), ranks=2)
+    write_recipe(folder / "recipe.yaml", recipe(BERT))
+    job = sbatch(cluster, folder, "wide")
+    facts = cluster.wait(job)
+    assert facts["JobState"] == "COMPLETED", told(folder, job)
+    # a log each of node 0 with rank 0 and node 1 with rank 1; the first says who has met
+    first, second = ((folder / "logs" / f"wide-{job}" / name).read_text() for name in ("0-0.log", "1-1.log"))
+    assert re.search(r"^2 ranks on 2 hosts, started by srun; rank 0 at n1:\d+; gloo$", first, re.MULTILINE), first
+    assert "hosts" not in second
+    plain.succeed()
+    stages = [tmp_path / place / "runs/bert/wide" for place in ("here", "there")]
+    assert losses(stages[0]) == losses(stages[1])
+    assert equal_bits(weights(stages[0]), weights(stages[1]))
+
+
+def test_the_whole_chain(cluster: Slurm, tmp_path: Path) -> None:
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"export.formats": ["hf"], "narrow.plan": "0-1,2-3"}))
+    said = submit(cluster, tmp_path, "--chain")
+    jobs = [int(number) for number in re.findall(r"^(?:wide|imitate|finetune|method): job (\d+)", said, re.MULTILINE)]
+    assert len(jobs) == 4 and re.search(rf"^imitate: job {jobs[1]} after {jobs[0]}", said, re.MULTILINE), said
+    facts = [cluster.facts(job) for job in jobs]
+    assert [fact["JobState"] for fact in facts] == ["COMPLETED"] * 4
+    assert all(before["EndTime"] <= after["StartTime"] for before, after in pairwise(facts))
+    assert (tmp_path / "runs/bert/summary.json").exists()
+    # followed: states, and what the first rank says
+    assert f"job {jobs[1]}: pending (Dependency)" in said or f"job {jobs[1]}: running" in said
+    assert said.count("  2 ranks on 2 hosts, started by srun;") == 4
+    assert re.search(r"^#SBATCH --mem=\d+M$", (tmp_path / "runs/bert/slurm/imitate.sbatch").read_text(), re.MULTILINE)
+
+
+def test_a_failed_stage_cancels_those_after_it(cluster: Slurm, tmp_path: Path) -> None:
+    """The shell's chain; the first stage's data is not there."""
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"data.source": "files", "data.paths": ["nowhere.txt"]}))
+    cluster.environment |= {"WTN_ROOT": str(ROOT), "SBATCH_GPUS_PER_NODE": "0"}
+    try:
+        call = ["env", "SBATCH_TIMELIMIT=20", "bash", str(ROOT / "scripts/slurm/chain.sh"), "--config", "recipe.yaml"]
+        # the scripts ask for 8 ranks on a node; these nodes have fewer cores
+        smaller = tmp_path / "bin"
+        smaller.mkdir()
+        (smaller / "sbatch").write_text('#!/bin/sh\nexec /usr/bin/sbatch --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 "$@"\n')
+        (smaller / "sbatch").chmod(0o755)
+        said = cluster.succeed("env", f"PATH={smaller}:{cluster.environment['PATH']}", *call, cwd=tmp_path)
+    finally:
+        del cluster.environment["SBATCH_GPUS_PER_NODE"]
+    jobs = [int(number) for number in re.findall(r": job (\d+)", said)]
+    states = [cluster.wait(job)["JobState"] for job in jobs]
+    assert states == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"], told(tmp_path, jobs[0])
+    # said once, by one rank, and repeated where the job's own log is
+    lines = [line for path in (tmp_path / "logs").rglob("*.log") for line in path.read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "nowhere.txt" in lines[0], told(tmp_path, jobs[0])
+    assert lines[0] in (tmp_path / f"wide-{jobs[0]}.out").read_text()
+
+
+def test_an_array(cluster: Slurm, tmp_path: Path) -> None:
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT))
+    said = submit(cluster, tmp_path, "--stage", "wide", "--vary", "wide.optimizer.lr=1e-2,2e-2")
+    assert re.search(r"^job \d+: completed", said, re.MULTILINE), said
+    runs = sorted(path.parent.parent.name for path in tmp_path.glob("runs/*/wide/done.json"))
+    assert runs == ["bert-lr-1e-2", "bert-lr-2e-2"]
+    assert losses(tmp_path / "runs" / runs[0] / "wide")[-1] != losses(tmp_path / "runs" / runs[1] / "wide")[-1]
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Slurm, tmp_path: Path) -> None:
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {**LONG, "wide.steps": 3000, "wide.checkpoint_every": 3000}))
+    job = sbatch(cluster, tmp_path, "wide")
+    until_step(cluster, tmp_path, job, 5)
+    cluster.succeed("scancel", str(job), cwd=tmp_path)
+    facts = cluster.wait(job)
+    assert facts["JobState"] == "CANCELLED" and facts["Restarts"] == "0"
+    assert all(cluster.hosts[name].empty("train_wide.py") for name in ("n1", "n2"))
+    time.sleep(3)
+    assert cluster.facts(job)["JobState"] == "CANCELLED"
+    assert re.search(r"left after step \d+ of 3000 on SIGTERM, all saved", told(tmp_path, job)), told(tmp_path, job)
+
+
+@pytest.mark.parametrize("how", ["signal", "requeue"])
+def test_a_preempted_job_continues_bit_for_bit(how: str, cluster: Slurm, forge: Forge, tmp_path: Path) -> None:
+    """Told by the signal that Slurm sends ahead of a limit, or taken from its nodes and put back by Slurm itself; either reaches all
+    processes, those that load data too."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        write_recipe(folder / "recipe.yaml", recipe(BERT, {**LONG, "data.workers": 1}))
+    job = sbatch(cluster, there, "wide")
+    until_step(cluster, there, job, 20)
+    if how == "signal":
+        cluster.succeed("scancel", "--signal=USR1", str(job), cwd=there)
+    else:
+        cluster.succeed("scontrol", "requeue", str(job), cwd=there)
+    cluster.wait(job, "PENDING", "REQUEUED")
+    by = "SIGUSR1" if how == "signal" else "SIGTERM"
+    said = told(there, job)
+    left = re.search(rf"left after step (\d+) of 300 on {by}, all saved", said)
+    assert left, said
+    step = int(left[1])
+    assert 20 <= step < 250 and (there / f"runs/bert/wide/checkpoints/step{step}").is_dir()
+    facts = cluster.wait(job)
+    assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "1", told(there, job)
+    forge.start("train_wide.py", here / "recipe.yaml", ranks=2).succeed(240)
+    stages = [place / "runs/bert/wide" for place in (here, there)]
+    assert losses(stages[0]) == losses(stages[1])
+    assert equal_bits(weights(stages[0]), weights(stages[1]))
+
+
+def test_an_allocation_that_does_not_fit_the_plan(cluster: Slurm, tmp_path: Path) -> None:
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"narrow.plan": "0-1,2,3", "compare.scratch": False}))
+    refused = cluster.run(
+        "python", str(ROOT / "tools/submit.py"), "recipe.yaml", "--stage", "imitate", "--nodes", "2", "--ranks-per-node", "1", cwd=tmp_path
+    )
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert refused.stderr.startswith("error: narrow.plan: 0-1x1,2-2x1,3-3x1 is for 3 ranks and this run has 2"), refused.stderr
+    # and within the job, before stage 1 begins
+    job = sbatch(cluster, tmp_path, "method")
+    facts = cluster.wait(job)
+    assert facts["JobState"] == "FAILED", told(tmp_path, job)
+    # once where the ranks say it, and once where the job does
+    lines = [line for line in told(tmp_path, job).splitlines() if re.search(r"^error: |(log|out): error: ", line)]
+    assert len(lines) == 2, told(tmp_path, job)
+    assert all("narrow.plan: 0-1x1,2-2x1,3-3x1 is for 3 ranks and this run has 2" in line for line in lines), lines
+    assert not (tmp_path / "runs/bert/wide").exists()
+    assert all(cluster.hosts[name].empty("run.py") for name in ("n1", "n2"))
+
+
+def test_without_srun_a_process_is_alone(cluster: Slurm, tmp_path: Path) -> None:
+    """Plain `python` in a batch script of two nodes must not wait for ranks that nobody starts."""
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT))
+    script = f"python {ROOT}/scripts/train_wide.py --config recipe.yaml"
+    job = cluster.submit("--nodes=2", "--ntasks-per-node=2", "--job-name=plain", "--output=%x-%j.out", f"--wrap={script}", cwd=tmp_path)
+    facts = cluster.wait(job)
+    assert facts["JobState"] == "COMPLETED", told(tmp_path, job)
+    assert "1 rank, started by python; gloo" in told(tmp_path, job)
+    assert CPUS >= 2

@@ -1,0 +1,149 @@
+"""Batch scripts that are filled in from a recipe, and what is refused before anything is submitted."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.running import BERT, ROOT, recipe, write_recipe
+from wtn_pretrain.again import mark, mark_of, unmark
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.slurm.command import run
+from wtn_pretrain.slurm.jobs import Log
+from wtn_pretrain.slurm.script import FOLDER, SCRIPTS, SWEEP, fill, minutes
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"run.time_limit": 120}))
+    return "recipe.yaml"
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert run("", [*arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def head(text: str) -> dict[str, str]:
+    """The options of sbatch that a script carries."""
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+
+
+def test_a_stage_is_filled_in(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = shown(
+        capsys, config, "--stage", "wide", "--nodes", "2", "--option", "partition=gpu", "--option", "exclusive=user", "--wide.steps=7"
+    )
+    assert head(text) == {
+        "job-name": "bert-wide",
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "1",
+        "mem": "0",
+        # the run's own two hours and a quarter
+        "time": "0-02:15:00",
+        "signal": "USR1@120",
+        "requeue": "",
+        "open-mode": "append",
+        "output": "%x-%j.out",
+        "partition": "gpu",
+        "exclusive": "user",
+    }
+    assert f"export WTN_ROOT={ROOT}\n" in text
+    assert text.rstrip().endswith("# sbatch runs/bert/slurm/wide.sbatch --config recipe.yaml --wide.steps=7")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_decides_ranks_and_memory(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, config, "--stage", "imitate", "--narrow.plan=0-1x2,2,3x6", "--gpus-per-node", "0")
+    options = head(text)
+    # nine ranks fill three nodes of three
+    assert (options["nodes"], options["ntasks-per-node"]) == ("3", "3") and "gpus-per-node" not in options
+    assert 3 * 512 < int(options["mem"].removesuffix("M")) < 6000
+    assert "\n# narrow.plan 0-1x2,2-2x1,3-3x6 on 9 ranks\n" in text
+    # a chain has sizes of its own for each job
+    chain = shown(capsys, config, "--chain", "--narrow.plan=0-1,2,3x2", "--ranks-per-node", "4")
+    scripts = re.split(r"^# runs/bert/slurm/\w+\.sbatch$", chain, flags=re.MULTILINE)[1:]
+    assert [head(script)["job-name"] for script in scripts] == ["bert-wide", "bert-imitate", "bert-finetune", "bert-method"]
+
+
+def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, config, "--stage", "wide", "--vary", "wide.optimizer.lr=1e-3,2e-3", "--vary", "run.seed=0,1,2")
+    assert head(text)["array"] == "0-5"
+    elements = re.findall(r"^# element \d: (.*)$", text, re.MULTILINE)
+    assert len(elements) == 6 and elements[1] == "--run.name=bert-lr-1e-3-seed-1 --wide.optimizer.lr=1e-3 --run.seed=1"
+    assert "export WTN_SCRIPT=scripts/train_wide.py\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "imitate", "--narrow.plan=0-1,2-3x3", "--nodes", "1", "--ranks-per-node", "3"], "is for 4 ranks and this run has 3"),
+        (["--stage", "imitate", "--narrow.plan=0-1,2-3x3", "--nodes", "3"], "is for 4 ranks and this run has 3"),
+        (["--stage", "wide", "--nodes", "3"], "wide.batch_size: 16 cannot be split into equal micro-batches over 24 data ranks; 16 ranks"),
+        (["--stage", "wide", "--wide.micro_batch_size=4"], "micro-batches of 4 over 8 data ranks; 4 ranks would fit"),
+        (["--stage", "finetune", "--finetune.tensor_parallel=2", "--ranks-per-node", "3"], "finetune.tensor_parallel: 2 does not divide 3"),
+        (["--stage", "imitate", "--ranks-per-node", "4096"], "use fewer ranks"),
+        (["--chain", "--vary", "run.seed=0,1"], "--chain, --vary"),
+        (["--vary", "seed=1"], "write SECTION.KEY=VALUE,VALUE"),
+        (["--option", "exclusive"], "write NAME=VALUE"),
+        (["--nonsense"], "--nonsense: unknown"),
+        (["--nodes", "0"], "not a whole number of at least 1"),
+        (["--wide.step=3"], "did you mean wide.steps"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(arguments: list[str], message: str, config: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        run("", [config, *arguments])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_slurm(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="sbatch is not installed here; submit from a login node"):
+        run("", [config, "--stage", "wide"])
+
+
+def test_the_shipped_scripts() -> None:
+    for name in (*SCRIPTS.values(), SWEEP, "common.sh", "chain.sh"):
+        subprocess.run(["bash", "-n", str(FOLDER / name)], check=True)
+    heads = {name: head((FOLDER / name).read_text()) for name in (*SCRIPTS.values(), SWEEP)}
+    for name, options in heads.items():
+        assert options["signal"] == "USR1@120" and "requeue" in options, name
+        assert options["output"] == "%x-%j.out" and options["open-mode"] == "append", name
+    for stage, name in SCRIPTS.items():
+        script = re.search(r"^run_ranks (\S+)", (FOLDER / name).read_text(), re.MULTILINE)
+        assert script is not None and (ROOT / script[1]).exists(), stage
+
+
+def test_filling_in() -> None:
+    text = "#!/bin/sh\n#SBATCH --nodes=1\n#SBATCH --gpus=8\n##SBATCH --account=ACCOUNT\ntrue\n"
+    filled = fill(text, {"nodes": "4", "gpus": None, "account": "me", "qos": "high"}, {"A": "a b"}, "why")
+    assert filled == "#!/bin/sh\n#SBATCH --nodes=4\n#SBATCH --account=me\n#SBATCH --qos=high\n# why\nexport A='a b'\ntrue\n"
+    assert [minutes(value) for value in (0.2, 75, 1440, 3000.4)] == ["0-00:01:00", "0-01:15:00", "1-00:00:00", "2-02:00:00"]
+
+
+def test_a_log_is_told_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    log, path = Log(said.append), tmp_path / "log"
+    log.tell(path)
+    path.write_text("one\ntw")
+    log.tell(path)
+    path.write_text("one\ntwo\nthree\n")
+    log.tell(path)
+    log.tell(path)
+    assert said == ["  one", "  two", "  three"]
+
+
+def test_the_mark_of_a_run_that_was_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark(tmp_path, "left after step 3")
+    assert (tmp_path / "preempted").read_text() == "left after step 3\n"
+    unmark(tmp_path)
+    unmark(tmp_path)
+    assert not (tmp_path / "preempted").exists()
+    monkeypatch.setenv("WTN_MARK", str(tmp_path / "elsewhere" / "mark"))
+    mark(tmp_path, "again")
+    assert mark_of(tmp_path).read_text() == "again\n" and not (tmp_path / "preempted").exists()

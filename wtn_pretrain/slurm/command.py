@@ -1,0 +1,220 @@
+"""The work of tools/submit.py: a run's configuration in, jobs of Slurm out."""
+
+import argparse
+import itertools
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
+from wtn_pretrain.imitation.learner import zero_stage
+from wtn_pretrain.imitation.plan import Plan, fingerprint, parse, read
+from wtn_pretrain.planning.cluster import usual
+from wtn_pretrain.planning.command import Job, read_job
+from wtn_pretrain.planning.costs import declared, here
+from wtn_pretrain.planning.fit import STAGES, require_fit
+from wtn_pretrain.planning.predict import predict
+from wtn_pretrain.planning.search import fed_by
+from wtn_pretrain.planning.spans import flow
+from wtn_pretrain.slurm.jobs import follow, submit
+from wtn_pretrain.slurm.script import ENTRY, FOLDER, ROOT, SCRIPTS, SWEEP, Size, fill, minutes
+
+ASKS = {"wide": ("wide",), "imitate": ("narrow",), "finetune": ("finetune",), "method": STAGES}
+"""Stage to submit -> the stages of a run that it works on."""
+PER_NODE = 8
+"""Ranks on a node, where nothing is said."""
+LIMIT_MARGIN = 15.0
+"""Minutes of a job beyond run.time_limit: to start, and to save."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are the project's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+class Script(NamedTuple):
+    """A batch script that has been filled in, and what is given to it."""
+
+    stage: str
+    path: Path
+    text: str
+    arguments: list[str]
+    lines: list[str]
+    """Of a sweep, the options of every element."""
+
+
+def parser(doc: str) -> Parser:
+    """The options of tools/submit.py; all others are assignments to keys of the recipe."""
+    made = Parser(
+        description=doc, allow_abbrev=False, epilog="Any --section.key=value goes, as in training. --chain, --vary: not together."
+    )
+    made.add_argument("config", metavar="CONFIG", help="a run's YAML file")
+    made.add_argument("--stage", choices=tuple(SCRIPTS), default="method", help="what to run (method: all stages in one job)")
+    made.add_argument("--chain", action="store_true", help="a job for each stage, each after the one before, then the baseline and report")
+    made.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="an array of jobs, one for each value; repeatable")
+    made.add_argument("--nodes", type=_count, help="nodes (default: as many as narrow.plan needs, or 1)")
+    made.add_argument("--ranks-per-node", type=_count, help=f"ranks on each (default {PER_NODE}, or fewer where narrow.plan says so)")
+    made.add_argument("--gpus-per-node", type=_natural, help="GPUs of each node (default: one a rank; 0: none)")
+    made.add_argument("--cpus-per-rank", type=_count, default=1, help="cores of each rank, for it and its data workers (default 1)")
+    made.add_argument("--memory", help="of each node, such as 64G (default: all it has; of stage 2 on CPUs, as planned)")
+    made.add_argument("--time", type=float, metavar="MINUTES", help="limit (default: run.time_limit and a quarter of an hour, or a day)")
+    made.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="any option of sbatch, as partition=gpu; repeatable"
+    )
+    made.add_argument("--dry-run", action="store_true", help="show what would be submitted, and submit nothing")
+    made.add_argument("--no-follow", action="store_true", help="submit and leave")
+    return made
+
+
+def run(doc: str, argv: Sequence[str]) -> int:
+    """Submits and follows; the exit code, 0 where every job has succeeded.
+
+    Raises:
+        UserError: one line that names the argument or key, what is wrong and the remedy; nothing has been submitted.
+    """
+    options, rest = parser(doc).parse_known_args(argv)
+    wrong = [argument for argument in rest if not (argument.startswith("--") and "." in argument and "=" in argument)]
+    if wrong:
+        raise UserError(f"argument {wrong[0]}: unknown; see --help, keys of the recipe are --section.key=value")
+    if options.chain and options.vary:
+        raise UserError("--chain, --vary: a chain is of one run; submit one chain for each value")
+    job = read_job(options.config, [argument.removeprefix("--") for argument in rest])
+    stages = list(SCRIPTS) if options.chain else [options.stage]
+    if options.chain and job.recipe.wide.teacher:
+        stages.remove("wide")
+    scripts = [_script(job, stage, options, rest) for stage in stages]
+    if options.dry_run:
+        print("\n".join(_shown(script) for script in scripts))
+        return 0
+    before, jobs = None, []
+    for script in scripts:
+        _write(script)
+        before = submit(script.path, script.arguments, after=before)
+        jobs.append(before)
+        after = f" after {jobs[-2]}" if len(jobs) > 1 else ""
+        _say(f"{script.stage}: job {before}{after}, {script.path}")
+    if options.no_follow:
+        return 0
+    try:
+        succeeded = [follow(number, Path.cwd(), _say) for number in jobs]
+        return 0 if all(succeeded) else 1
+    except KeyboardInterrupt:
+        _say(f"no longer followed; end it with: scancel {' '.join(map(str, jobs))}")
+        return 0
+
+
+def _script(job: Job, stage: str, options: argparse.Namespace, rest: list[str]) -> Script:
+    size, plan = _size(job, stage, options)
+    recipe = job.recipe
+    name = f"{recipe.run.name}-{stage}"
+    limit = options.time or (recipe.run.time_limit and recipe.run.time_limit + LIMIT_MARGIN)
+    head: dict[str, str | None] = {"job-name": name, **size.options()}
+    if limit:
+        head["time"] = minutes(limit)
+    lines = _elements(options.vary, recipe.run.name)
+    if lines:
+        head["array"] = f"0-{len(lines) - 1}"
+    for option in options.option:
+        key, equals, value = option.removeprefix("--").partition("=")
+        if not equals:
+            raise UserError(f"--option {option!r}: write NAME=VALUE, such as partition=gpu")
+        head[key] = value
+    folder = recipe.place() / "slurm"
+    variables = {"WTN_ROOT": str(ROOT)}
+    if lines:
+        variables |= {"WTN_SWEEP": str((folder / "sweep.txt").absolute()), "WTN_SCRIPT": ENTRY[stage]}
+    comment = f"narrow.plan {plan} on {plan.ranks} ranks" if plan is not None else ""
+    text = fill((FOLDER / (SWEEP if lines else SCRIPTS[stage])).read_text(encoding="utf-8"), head, variables, comment)
+    return Script(stage, folder / f"{stage}.sbatch", text, ["--config", options.config, *rest], lines)
+
+
+def _size(job: Job, stage: str, options: argparse.Namespace) -> tuple[Size, Plan | None]:
+    """What a stage asks for, and the plan of stage 2 where it is part of it.
+
+    Raises:
+        UserError: the ranks do not fit the plan or a batch.
+    """
+    nodes, per_node = options.nodes, options.ranks_per_node
+    fixed = _planned_ranks(job) if "narrow" in ASKS[stage] else None
+    if fixed is not None and nodes is None:
+        # as few nodes as there can be, all filled alike; what cannot be is refused below
+        per_node = per_node or next(count for count in range(min(PER_NODE, fixed), 0, -1) if fixed % count == 0)
+        nodes = max(1, fixed // per_node)
+    elif fixed is not None and per_node is None:
+        per_node = max(1, fixed // nodes)
+    nodes, per_node = nodes or 1, per_node or PER_NODE
+    plan = require_fit(job.recipe, job.thin, job.wide, job.pairing, job.counts, job.length, nodes * per_node, ASKS[stage])
+    gpus = per_node if options.gpus_per_node is None else options.gpus_per_node
+    memory = options.memory
+    if memory is None:
+        memory = _memory(job, plan, per_node) if plan is not None and not gpus else "0"
+    return Size(nodes, per_node, gpus, options.cpus_per_rank, memory), plan
+
+
+def _planned_ranks(job: Job) -> int | None:
+    """The ranks that the run's plan is for; None: any."""
+    asked = job.recipe.narrow.plan
+    if asked == "auto":
+        return None
+    return (read(Path(asked), fingerprint(job.thin, job.wide, job.pairing)) if asked.endswith(".json") else parse(asked)).ranks
+
+
+def _memory(job: Job, plan: Plan, per_node: int) -> str:
+    """What the ranks of the fullest node hold in stage 2, as planned, and a quarter."""
+    section = job.recipe.narrow
+    moving = flow(section, fed_by(section), zero_stage(section))
+    costs = declared(job.thin, job.wide, job.pairing, job.counts, section, moving.rows, target=here(), fed=moving.fed, length=job.length)
+    stages = predict(plan, costs, usual(plan.ranks), moving).stages
+    ranks = [float(stage.memory.total) for stage in stages for _ in stage.ranks]
+    fullest = max(sum(ranks[first : first + per_node]) for first in range(0, len(ranks), per_node))
+    return f"{math.ceil(1.25 * fullest / 2**20)}M"
+
+
+def _elements(vary: Sequence[str], name: str) -> list[str]:
+    """The options of every element of a sweep: all combinations of the values."""
+    keys, choices = [], []
+    for part in vary:
+        key, equals, values = part.removeprefix("--").partition("=")
+        if "." not in key or not equals or not all(values.split(",")):
+            raise UserError(f"--vary {part!r}: write SECTION.KEY=VALUE,VALUE, such as wide.optimizer.lr=1e-3,2e-3")
+        keys.append(key)
+        choices.append(values.split(","))
+    lines = []
+    for combination in itertools.product(*choices) if keys else ():
+        pairs = list(zip(keys, combination, strict=True))
+        own = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in pairs)
+        lines.append(" ".join([f"--run.name={name}-{own}", *(f"--{key}={value}" for key, value in pairs)]))
+    return lines
+
+
+def _shown(script: Script) -> str:
+    parts = [f"# {script.path}", script.text.rstrip(), f"# sbatch {script.path} {shlex.join(script.arguments)}"]
+    return "\n".join([*parts, *(f"# element {number}: {line}" for number, line in enumerate(script.lines)), ""])
+
+
+def _write(script: Script) -> None:
+    write_text(script.path, script.text)
+    if script.lines:
+        write_text(script.path.with_name("sweep.txt"), "\n".join(script.lines) + "\n")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True, file=sys.stdout)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
