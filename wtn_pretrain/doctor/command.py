@@ -2,10 +2,6 @@
 
 import argparse
 import json
-import os
-import re
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +16,10 @@ from wtn_pretrain.doctor.finding import Finding, merged, page
 from wtn_pretrain.doctor.kernels import check_kernels
 from wtn_pretrain.doctor.machine import check_devices, check_memory
 from wtn_pretrain.doctor.network import check_clocks, check_links, check_peer, check_port, join, leave
-from wtn_pretrain.doctor.software import check_versions, compare_versions, versions
+from wtn_pretrain.doctor.software import check_versions, compare_code, compare_versions, versions
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.parallel.alike import identity
+from wtn_pretrain.parallel.launchers import find_start, host_name
 
 CHECKS = ("versions", "devices", "memory", "compilers", "kernels", "disk", "network", "links", "clocks")
 
@@ -29,24 +27,23 @@ CHECKS = ("versions", "devices", "memory", "compilers", "kernels", "disk", "netw
 def run(doc: str, argv: Sequence[str]) -> int:
     """Looks at everything, prints the page on rank 0; the exit status: 0, or 1 where a fault was found."""
     options = _parser(doc).parse_args(argv)
-    alone = not _placed()
+    start = find_start()
     own = _own(options)
-    hosts, facts = [socket.gethostname()], [versions()]
-    if alone:
+    hosts, facts = [host_name()], [versions()]
+    if start.world_size == 1:
         own += check_port(options.port)
         return _tell(own, hosts, facts, options)
-    met = join(options.timeout)
+    met = join(start, options.timeout)
     if met[0].verdict == "fault":
         # nobody else may hear of it
-        return _tell([*own, *met], hosts, facts, options, alone=True)
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, (own, hosts[0], facts[0]))
-    hosts, facts = [theirs[1] for theirs in everything], [theirs[2] for theirs in everything]
-    findings = [*merged([theirs[0] for theirs in everything]), *compare_versions(facts, hosts), *met]
+        return _tell([*own, *met], hosts, facts, options, start.rank)
+    everything: list[Any] = [None] * start.world_size
+    dist.all_gather_object(everything, (own, hosts[0], facts[0], identity()))
+    per_rank, hosts, facts, code = (list(column) for column in zip(*everything, strict=True))
+    findings = [*merged(per_rank), *compare_versions(facts, hosts), *compare_code(code, hosts), *met]
     clocks = check_clocks(hosts) if len(hosts) > 1 else []
     links = check_links(hosts) if len(hosts) > 1 else []
-    rank = dist.get_rank()
-    verdict: list[Any] = [_tell([*findings, *links, *clocks], hosts, facts, options) if rank == 0 else 0]
+    verdict: list[Any] = [_tell([*findings, *links, *clocks], hosts, facts, options) if start.rank == 0 else 0]
     dist.broadcast_object_list(verdict, 0)
     leave()
     return int(verdict[0])
@@ -86,7 +83,7 @@ def _own(options: argparse.Namespace) -> list[Finding]:
 
 
 def _tell(
-    findings: Sequence[Finding], hosts: list[str], facts: list[dict[str, str]], options: argparse.Namespace, alone: bool = False
+    findings: Sequence[Finding], hosts: list[str], facts: list[dict[str, str]], options: argparse.Namespace, alone: int | None = None
 ) -> int:
     findings = [one._replace(verdict="warning") if one.verdict == "fault" and one.check in options.ignore else one for one in findings]
     order = {name: place for place, name in enumerate(CHECKS)}
@@ -96,31 +93,9 @@ def _tell(
         told = {"hosts": hosts, "versions": facts, "findings": [finding._asdict() for finding in findings], "exit": code}
         print(json.dumps(told, indent=2), flush=True)
         return code
-    where = f"{hosts[0]}, rank {os.environ['RANK']} by itself" if alone else f"{len(hosts)} ranks on {', '.join(dict.fromkeys(hosts))}"
-    print(page(findings, where if alone or len(hosts) > 1 else f"one process on {hosts[0]}"), flush=True)
+    where = f"{len(hosts)} ranks on {', '.join(dict.fromkeys(hosts))}" if len(hosts) > 1 else f"one process on {hosts[0]}"
+    print(page(findings, where if alone is None else f"{hosts[0]}, rank {alone} by itself"), flush=True)
     return code
-
-
-def _placed() -> bool:
-    """Whether this process is one of several ranks; what srun says is put where torch looks for it."""
-    env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
-        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", "0")) % 10_000))
-    return "RANK" in env and int(env.get("WORLD_SIZE", "1")) > 1
-
-
-def _first_host(nodes: str) -> str:
-    """The first of a list as Slurm writes it: node[01-04,7],other."""
-    try:
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=20)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.split()[0]
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    found = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def _positive(text: str) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +12,9 @@ import torch.distributed as dist
 
 from wtn_pretrain.device import backend, device
 from wtn_pretrain.doctor.finding import Finding
+from wtn_pretrain.errors import UserError
+from wtn_pretrain.parallel.launchers import Start, device_index
+from wtn_pretrain.parallel.meeting import meet
 from wtn_pretrain.planning.cluster import measure_link
 
 SKEW = 1.0
@@ -55,24 +57,28 @@ def check_peer(address: str, port: int, timeout: float) -> list[Finding]:
     return [Finding("network", "fault", f"peer {address}:{port} is not reached in {timeout:g} s: {reason}", remedy)]
 
 
-def join(timeout: float) -> list[Finding]:
+def join(start: Start, timeout: float) -> list[Finding]:
     """Brings the ranks of this launch together, over gloo and, on accelerators, their own backend; a fault where that takes too long."""
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's own agent keeps the store there
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    first = check_port(port) if rank == 0 and not kept else check_peer(address, port, timeout)
-    if first[0].verdict == "fault":
-        return first
-    if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        store = meet(start, timeout)
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(device_index(start, torch.accelerator.device_count()))
+    except UserError as error:
+        text, _, remedy = str(error).rpartition("; ")
+        return [Finding("network", "fault", text, remedy)]
     try:
         kind = "gloo" if backend() == "gloo" else f"cpu:gloo,{device().type}:{backend()}"
-        dist.init_process_group(kind, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(
+            kind, store=store, rank=start.rank, world_size=start.world_size, timeout=timedelta(seconds=max(timeout, 30.0))
+        )
     except (dist.DistError, RuntimeError, ValueError) as error:
-        text = f"{ranks} ranks do not come together at {address}:{port} in {timeout:g} s ({' '.join(str(error).split())[:160]})"
-        return [Finding("network", "fault", text, "see that all ranks are started, with this address and port, and can reach it")]
-    return [Finding("network", "ok", f"{ranks} ranks met at {address}:{port}")]
+        text = f"{start.world_size} ranks met at {start.master} and do not connect with one another ({' '.join(str(error).split())[:160]})"
+        return [
+            Finding(
+                "network", "fault", text, "see the firewalls between all hosts; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network"
+            )
+        ]
+    return [Finding("network", "ok", f"{start.world_size} ranks met at {start.master}, started by {start.launcher}")]
 
 
 def check_links(hosts: list[str]) -> list[Finding]:

@@ -1,25 +1,14 @@
 """Versions and sources, and whether all ranks have the same."""
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 
 from wtn_pretrain.doctor.finding import Finding
+from wtn_pretrain.parallel.alike import difference
 from wtn_pretrain.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "triton")
-PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def source_hash(package: Path = PACKAGE) -> str:
-    """SHA-256, as hex, of all Python files of a package with their paths; it differs where any line of code does."""
-    made = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        made.update(f"{path.relative_to(package).as_posix()}\0".encode())
-        made.update(path.read_bytes() + b"\0")
-    return made.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -30,7 +19,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "none"
-    return {**found, "wtn_pretrain": __version__, "source": source_hash()[:12]}
+    return {**found, "wtn_pretrain": __version__}
 
 
 def check_versions(own: Mapping[str, str]) -> list[Finding]:
@@ -61,11 +50,28 @@ def compare_versions(ranks: Sequence[Mapping[str, str]], hosts: Sequence[str]) -
             if theirs[name] != ranks[0][name]:
                 others.setdefault(theirs[name], []).append(rank)
         for value, members in others.items():
-            what = "code of wtn_pretrain" if name == "source" else name
-            text = f"{what} {value} on {hosts[members[0]]}, and {ranks[0][name]} on rank 0's {hosts[0]}"
+            text = f"{name} {value} on {hosts[members[0]]}, and {ranks[0][name]} on rank 0's {hosts[0]}"
             remedy = "start all ranks in one environment: the same virtual environment, container or modules on every node"
             found.append(Finding("versions", "fault", text, remedy, tuple(members)))
     return found or [Finding("versions", "ok", f"the same on {len(ranks)} ranks")]
+
+
+def compare_code(ranks: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[Finding]:
+    """Whether all ranks have rank 0's code, given the `identity` of each."""
+    others: dict[str, list[int]] = {}
+    first = _code(ranks[0])
+    for rank, theirs in enumerate(ranks):
+        if told := difference(_code(theirs), first):
+            others.setdefault(told, []).append(rank)
+    found = []
+    for told, members in others.items():
+        what, _, remedy = told.partition("; ")
+        found.append(Finding("versions", "fault", f"{hosts[members[0]]} {what}, held against rank 0's {hosts[0]}", remedy, tuple(members)))
+    return found
+
+
+def _code(identity: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in identity.items() if name.endswith(".py")}
 
 
 def _pinned() -> dict[str, str]:
