@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+from wtn_pretrain.arguments import Parser, amount, assignments_of, count
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.teacher import adapted, wide_shape
 from wtn_pretrain.imitation.learner import zero_stage
@@ -29,13 +30,6 @@ WORDS = 30522
 EPILOG = f"""Left out, a rank is a data-centre GPU: {DATA_CENTRE.flops:g} FLOP/s, {DATA_CENTRE.bandwidth:g} bytes/s of memory,
 {DATA_CENTRE.overhead:g} s a unit, 8 on a node, 200e9 bytes/s and 5e-6 s within and 25e9 bytes/s between nodes, 80e9 bytes. With --profile,
 links are those of this kind of device (cores of one machine: 1e9 bytes/s, 1e-4 s, no limit of memory)."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are the project's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 class Job(NamedTuple):
@@ -199,37 +193,3 @@ def _other(text: str, job: Job) -> Plan:
     """The plan to compare with, from its text or a file."""
     plan = read(Path(text), fingerprint(job.thin, job.wide, job.pairing)) if text.endswith(".json") else parse(text)
     return check(plan, job.pairing.units + 1)
-
-
-def assignments_of(rest: list[str]) -> list[str]:
-    """`--section.key=value` and `--section.key value` among the arguments that are no options."""
-    found, waiting = [], list(rest)
-    while waiting:
-        argument = waiting.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or "." not in name:
-            raise UserError(f"argument {argument!r}: unknown; there are --section.key=value and what --help lists")
-        if not equals:
-            if not waiting or waiting[0].startswith("--"):
-                raise UserError(f"argument --{name}: has no value")
-            value = waiting.pop(0)
-        found.append(f"{name}={value}")
-    return found
-
-
-def count(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def amount(text: str) -> float:
-    """An argument that is a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, such as 25e9")
-    return value

@@ -4,12 +4,13 @@ import argparse
 import re
 from collections.abc import Callable
 
+from wtn_pretrain.arguments import Parser, amount, assignments_of, count
 from wtn_pretrain.device import device as own_device
 from wtn_pretrain.device import total_memory
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.planning.cluster import Cluster, Link, usual
-from wtn_pretrain.planning.command import Parser, amount, assignments_of, count, read_job
+from wtn_pretrain.planning.command import read_job
 from wtn_pretrain.planning.show import seconds
 from wtn_pretrain.planning.training.devices import ACCELERATORS, USE, Rates, accelerator, cluster, rates
 from wtn_pretrain.planning.training.layout import Layout, layout_of

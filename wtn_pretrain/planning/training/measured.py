@@ -21,7 +21,7 @@ from wtn_pretrain.planning.training.layout import Layout
 from wtn_pretrain.planning.training.pace import Passes
 from wtn_pretrain.planning.training.work import Work
 from wtn_pretrain.training.activations import checkpoint_blocks
-from wtn_pretrain.training.engine import average_with_others, deepspeed_config
+from wtn_pretrain.training.engine import average_only_with_others, deepspeed_config
 from wtn_pretrain.training.optimizers import decay_groups, follow_layers, make_optimizer
 
 
@@ -119,7 +119,7 @@ def _timed(work: Work, layout: Layout, part: nn.Module, loss: Callable[[], Tenso
     config = deepspeed_config(single, "wide", 1, 1)
     optimizer = make_optimizer(single.optimizer, decay_groups(part.parameters(), single.optimizer.weight_decay), layout.offload != "none")
     engine, *_ = deepspeed.initialize(model=_Part(part, loss), optimizer=optimizer, config=config)
-    average_with_others(engine, 1)
+    average_only_with_others(engine, 1)
     follow_layers(engine, optimizer)
     rounds = []
     for _ in range(repeats + 1):
