@@ -32,6 +32,18 @@ EPILOG = f"""Left out, a rank is a data-centre GPU: {DATA_CENTRE.flops:g} FLOP/s
 links are those of this kind of device (cores of one machine: 1e9 bytes/s, 1e-4 s, no limit of memory)."""
 
 
+class Shapes(NamedTuple):
+    """What a recipe trains."""
+
+    recipe: Recipe
+    thin: BlockConfig
+    wide: BlockConfig
+    length: int | None
+    """Of sequences; None for images."""
+    assumed: list[str]
+    """Keys of the shape that the data decides, with what was taken instead."""
+
+
 class Job(NamedTuple):
     """What there is to plan."""
 
@@ -115,6 +127,13 @@ def dry_run(config: str, assignments: list[str], ranks: int) -> str:
 
 
 def read_job(config: str, assignments: list[str]) -> Job:
+    """The networks of a recipe, paired; its data need not be there."""
+    recipe, thin, wide, length, assumed = read_shapes(config, assignments)
+    pairing = pair(thin, wide, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
+    return Job(recipe, thin, wide, pairing, (flops(thin, length), flops(wide, length)), length, assumed)
+
+
+def read_shapes(config: str, assignments: list[str]) -> Shapes:
     """The networks of a recipe; its data need not be there."""
     recipe = load_recipe(config, assignments)
     assumed: list[str] = []
@@ -125,8 +144,7 @@ def read_job(config: str, assignments: list[str]) -> Job:
         wide = wide_shape(thin, recipe.wide.teacher, recipe.wide.teacher_pickle, recipe.wide.teacher_heads)
     else:
         wide = thin.widen(recipe.widen.inner, recipe.widen.outer, recipe.widen.blocks or None)
-    pairing = pair(thin, wide, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
-    return Job(recipe, thin, wide, pairing, (flops(thin, length), flops(wide, length)), length, assumed)
+    return Shapes(recipe, thin, wide, length, assumed)
 
 
 def _completed(recipe: Recipe, assumed: list[str]) -> tuple[BlockConfig, int | None]:

@@ -139,9 +139,11 @@ def test_search_takes_what_fits_and_the_simplest_of_the_fastest() -> None:
 
     roomy = best(job, 8, timed, machines, "gpu")
     assert (roomy[0].layout.zero, roomy[0].layout.tensor, roomy[0].layout.checkpoint) == (0, 1, 0)
-    need = memory(job, roomy[0].layout, "gpu", machines.base).total
-    tight = best(job, 8, timed, machines._replace(memory=0.9 * need), "gpu")
-    assert tight[0].memory.total <= 0.9 * need
+    need = memory(job, roomy[0].layout, "gpu").total
+    limit = machines.base + 0.9 * need
+    tight = best(job, 8, timed, machines._replace(memory=limit), "gpu")
+    assert limit < machines.base + need
+    assert tight[0].memory.total <= limit
     assert best(job, 8, timed, machines._replace(memory=1e6), "gpu") == []
     assert counts(8, 64, 4096) == [1, 2, 4, 8, 16, 32, 64]
 

@@ -10,9 +10,9 @@ from wtn_pretrain.device import total_memory
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.planning.cluster import Cluster, Link, usual
-from wtn_pretrain.planning.command import read_job
+from wtn_pretrain.planning.command import read_shapes
 from wtn_pretrain.planning.show import seconds
-from wtn_pretrain.planning.training.devices import ACCELERATORS, USE, Rates, accelerator, cluster, rates
+from wtn_pretrain.planning.training.devices import ACCELERATORS, ROOM, USE, Rates, accelerator, cluster, rates
 from wtn_pretrain.planning.training.layout import Layout, layout_of
 from wtn_pretrain.planning.training.pace import Passes, declared
 from wtn_pretrain.planning.training.search import Answer, answer, best, choices, counts, smallest
@@ -92,7 +92,7 @@ def read_work(config: str, assignments: list[str], stage: str) -> tuple[Work, st
     Raises:
         UserError: the recipe is refused, or has no such stage.
     """
-    job = read_job(config, assignments)
+    job = read_shapes(config, assignments)
     if stage == "wide" and job.recipe.wide.teacher:
         raise UserError("wide.teacher: the wide network comes from elsewhere, so stage 1 trains nothing; plan --stage finetune")
     shape = job.wide if stage == "wide" else job.thin
@@ -109,7 +109,7 @@ def _machines(options: argparse.Namespace, work: Work) -> tuple[Cluster, Rates, 
         if options.device or options.flops or options.use:
             raise UserError("--profile: measures this device; leave --device, --flops and --use out")
         found = usual(options.ranks or 1)._replace(per_node=per_node)
-        return _declared(found, options, total_memory()), Rates(1.0, 1.0), f"this {own_device().type}"
+        return _declared(found, options, ROOM * total_memory()), Rates(1.0, 1.0), f"this {own_device().type}"
     use = options.use or USE["text" if work.length else "images"]
     if use > 1:
         raise UserError(f"--use {use:g}: is a share of the peak; give a number up to 1")
@@ -118,7 +118,7 @@ def _machines(options: argparse.Namespace, work: Work) -> tuple[Cluster, Rates, 
     if options.flops:
         reached = reached._replace(flops=options.flops)
     found = cluster(chosen, options.ranks or 1, per_node)
-    return _declared(found, options, chosen.memory), reached, chosen.name
+    return _declared(found, options, ROOM * chosen.memory), reached, chosen.name
 
 
 def _declared(found: Cluster, options: argparse.Namespace, memory: float) -> Cluster:
@@ -187,8 +187,8 @@ def _enough(tried: list[tuple[int, Answer | None]], within: float, steps: int, l
     shown = [found for _, found in tried if found is not None]
     if not shown:
         return f"within {seconds(within)}: no layout fits into {limit / 1e9:.3g} GB on up to {tried[-1][0]} devices; try --offload"
-    rest = [shown[0], *shown[1:-ROWS], *shown[-ROWS:]] if len(shown) <= ROWS else [*shown[:4], *shown[-(ROWS - 4) :]]
-    lines = [table(rest, steps, limit, price), ""]
+    few = shown if len(shown) <= ROWS else [*shown[:4], *shown[4 - ROWS :]]
+    lines = [table(few, steps, limit, price), ""]
     if good:
         first = good[0]
         verdict = f"within {seconds(within)}: {first.layout.ranks} devices, {total(first, steps, price)}"

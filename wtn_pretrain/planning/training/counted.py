@@ -68,7 +68,7 @@ class Absent(Ranks):
 
 
 class _Split(LiveStorages):
-    """Counts with and without the gradients that parameters keep, and what of it falls into the first and the last block's backward."""
+    """Counts with and without the gradients that parameters keep, and what of it falls to where the backward pass begins and ends."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -81,7 +81,8 @@ class _Split(LiveStorages):
         self.lean = max(self.lean, self.live - self.gradients)
         if self._reached >= self._blocks - 1:
             self.early = max(self.early, self.live)
-        elif self._reached == 0:
+        # a block's own pass, when nothing of it has arrived yet, falls under the one above it
+        if self._reached <= 1:
             self.final = max(self.final, self.live)
         return result
 
@@ -134,9 +135,9 @@ def count(
 class _Phases(NamedTuple):
     counted: Counted
     early: int
-    """Bytes at most before the second block's backward pass begins."""
+    """Bytes at most until the last block but one begins to give gradients."""
     final: int
-    """Bytes at most in the last block's."""
+    """Bytes at most from where the second block gives gradients."""
 
 
 def _line(low: _Phases, high: _Phases, times: float) -> Counted:
@@ -146,7 +147,7 @@ def _line(low: _Phases, high: _Phases, times: float) -> Counted:
         return max(0, round(mine + times * (theirs - mine)))
 
     made = Counted(*(at(mine, theirs) for mine, theirs in zip(low.counted, high.counted, strict=True)))
-    return made._replace(kept=max(at(low.early, high.early), at(low.final, high.final)))
+    return made._replace(kept=max(made.kept, at(low.early, high.early), at(low.final, high.final)))
 
 
 def _once(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on: str) -> _Phases:

@@ -40,6 +40,8 @@ SHARE = 0.8
 USE = {"text": 0.4, "images": 0.2}
 """Model FLOPs utilisation by what is trained on. NVIDIA's DeepLearningExamples reach 0.45 with BERT-Large at 128 tokens and 0.19 with
 ResNet-50 on an A100, MLPerf's fastest ResNet-50 0.20 on an H200 (our division of their published rates by peak; see docs/tuning.md)."""
+ROOM = 0.9
+"""Share of a device's memory that a plan may fill: torch's allocator keeps pieces that fit nothing."""
 RESERVE = 2e9
 """Bytes of a device that the driver, libraries and NCCL take."""
 STEP = 1e-4

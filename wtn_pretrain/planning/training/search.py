@@ -12,6 +12,8 @@ from wtn_pretrain.planning.training.work import Work
 TENSORS = (1, 2, 4, 8)
 MICRO = 1024
 """The largest micro-batch that is looked at."""
+NEAR = 0.05
+"""Differences that no layout is chosen for: those between a plan and a run are larger."""
 
 
 class Answer(NamedTuple):
@@ -61,7 +63,7 @@ def choices(work: Work, ranks: int, per_node: int, offload: bool = False, tensor
 
 
 def best(work: Work, ranks: int, timed: Timed, machines: Cluster, on: str, offload: bool = False) -> list[Answer]:
-    """The fastest micro-batch of every layout that fits, the fastest layout first; those within 2% of each other by simplicity."""
+    """The fastest micro-batch of every layout that fits, the fastest layout first; those within `NEAR` of it by simplicity."""
     found: list[Answer] = []
     # dividing layers sends far more than dividing samples: only where that cannot be done, or does not fit
     for tensors in (TENSORS[:1], TENSORS[1:]):
@@ -75,7 +77,7 @@ def best(work: Work, ranks: int, timed: Timed, machines: Cluster, on: str, offlo
     if not found:
         return []
     fastest = min(one.pace.step for one in found)
-    return sorted(found, key=lambda one: (0 if one.pace.step <= 1.02 * fastest else one.pace.step, _simplicity(one.layout)))
+    return sorted(found, key=lambda one: (0 if one.pace.step <= (1 + NEAR) * fastest else one.pace.step, _simplicity(one.layout)))
 
 
 def smallest(

@@ -80,6 +80,10 @@ class Work(NamedTuple):
 @lru_cache(maxsize=64)
 def _flops(config: BlockConfig, length: int, masked: int) -> Flops:
     # asked for with every layout, and counting takes a while
+    if len(config.stages) == 1 and config.stages[0] > 2:
+        # blocks of one stage differ in nothing but the first of them
+        first = _flops(config.widen(1.0, 1.0, (2,)), length, masked)
+        return first._replace(blocks=(first.blocks[0], *[first.blocks[1]] * (config.stages[0] - 1)))
     if not length:
         return flops(config)
     return flops(config, length, positions=torch.zeros(1, masked, dtype=torch.long, device="meta"))
