@@ -20,7 +20,7 @@ from wtn_pretrain.models import BertConfig, ResNetConfig
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork
 from wtn_pretrain.parallel.launch import Place
 from wtn_pretrain.planning.cluster import Connection, measure_link
-from wtn_pretrain.planning.profile import RUNTIME, resident
+from wtn_pretrain.planning.profile import resident
 from wtn_pretrain.planning.training.layout import layout_of
 from wtn_pretrain.planning.training.measured import measured
 from wtn_pretrain.planning.training.pace import Passes
@@ -58,11 +58,7 @@ def ran(place: Place, case: Case, warm: int, steps: int, repeats: int) -> Ran:
     """Trains through the package's own loop; what the network is gathered in at the end does not count."""
     torch.set_num_threads(1)
     activate("torch")
-    few = {**case.section, "batch_size": place.world_size, "micro_batch_size": 0, "tensor_parallel": 1, "sequence_parallel": False}
-    # libraries keep buffers from their first use on
-    tiny = Case(case.name, TINY[case.config.family], min(case.length, 16), case.ranks, few)
-    _train(place, tiny, 0, 1, 1)
-    gc.collect()
+    _work_once(place, case)
     start_of_peak()
     times, most = _train(place, case, warm, steps, repeats)
     return Ran([(end - begin) / steps for begin, end in pairwise(times)], most)
@@ -96,9 +92,18 @@ def _train(place: Place, case: Case, warm: int, steps: int, repeats: int) -> tup
     return times, most
 
 
-def base(place: Place) -> int:
-    """Bytes of a process before it builds a network."""
-    return resident() + RUNTIME
+def base(place: Place, case: Case) -> int:
+    """Bytes of a process that holds no network and has trained one of no size: from their first use on libraries keep buffers."""
+    torch.set_num_threads(1)
+    activate("torch")
+    _work_once(place, case)
+    return resident()
+
+
+def _work_once(place: Place, case: Case) -> None:
+    few = {**case.section, "batch_size": place.world_size, "micro_batch_size": 0, "tensor_parallel": 1, "sequence_parallel": False}
+    _train(place, Case(case.name, TINY[case.config.family], min(case.length, 16), case.ranks, few), 0, 1, 1)
+    gc.collect()
 
 
 def link_of(place: Place) -> Connection:

@@ -4,8 +4,8 @@
 
 Each case trains through the package's own loop on ranks that are started afresh, processes of one thread pinned to a core each, on data
 that cost nothing. Nothing of a run goes into its prediction. Memory is counted from the network's shape (`planning/training/counted.py`)
-on top of a process that holds no network, measured. Time comes from the network's parts, measured one by one on one rank, just before
-and just after the runs (the mean counts), and from the link between ranks, measured with two.
+on top of a process that has trained a network of no size, measured. Time comes from the network's parts, measured one by one on one rank,
+just before and just after the runs (the mean counts), and from the link between ranks, measured with two.
 
 Memory: the peak of a rank's resident set (Linux: VmHWM, begun again once libraries have their buffers) until its last step, the largest
 of the ranks. The allocator is told to give back at once what is freed (MALLOC_MMAP_THRESHOLD_): what a plan foretells is what a stage
@@ -20,7 +20,9 @@ JSON keys: `stage_plan_memory` and `stage_plan_time`, the largest of |predicted 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,36 +83,47 @@ FULL = (
 CI = (case("bert", 1, 0, 2), case("bert", 2, 2, 2, passes=2), case("resnet", 2, 1, 2))
 
 
-def trained(one: Case, warm: int, steps: int, repeats: int, tight: bool) -> list[Ran]:
-    """A run on fresh ranks; `tight`: with an allocator that gives back what is freed."""
+@contextmanager
+def allocator(tight: bool) -> Iterator[None]:
+    """Within, processes that start give back what is freed at once, if `tight`, or have glibc's own heap."""
     before = os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
     if tight:
         # read when a process starts
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
-        with Crew(one.ranks) as crew:
-            return crew.call(ran, one, warm, steps, repeats)
+        yield
     finally:
         os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
         if before is not None:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = before
 
 
-def held(one: Case) -> dict[str, Any]:
-    """Bytes of a rank, predicted and measured."""
-    with Crew(one.ranks) as crew:
-        empty = max(crew.call(base))
+def trained(one: Case, warm: int, steps: int, repeats: int, tight: bool) -> list[Ran]:
+    """A run on fresh ranks."""
+    with allocator(tight), Crew(one.ranks) as crew:
+        return crew.call(ran, one, warm, steps, repeats)
+
+
+def held(one: Case, empty: int) -> dict[str, Any]:
+    """Bytes of a rank, predicted on top of those of an `empty` process, and measured."""
     layout = layout_of(one.work().section, "wide", one.ranks)
     told = memory(one.work(), layout, "cpu", empty)
-    seen, heap = (max(rank.memory for rank in trained(one, 1, 1, 1, tight)) for tight in (True, False))
+    seen = max(rank.memory for rank in trained(one, 1, 1, 1, tight=True))
     return {
         "predicted_bytes": told.total,
         "measured_bytes": seen,
-        "heap_bytes": heap,
         "terms": told._asdict(),
         "memory_error": abs(told.total / seen - 1),
         "memory_error_without_base": abs((told.total - empty) / (seen - empty) - 1),
     }
+
+
+@cache
+def empty_of(family: str, ranks: int) -> int:
+    """Bytes of the largest of so many processes that hold no network."""
+    kind = next(one for one in FULL if one.config.family == family and one.ranks == ranks)
+    with allocator(tight=True), Crew(ranks) as crew:
+        return max(crew.call(base, kind))
 
 
 def passes_here(cases: Sequence[Case], repeats: int) -> list[Any]:
@@ -138,6 +151,7 @@ def timed(cases: Sequence[Case], steps: int, repeats: int) -> list[dict[str, Any
                 "measured_seconds": seen,
                 "pace": told[1]._asdict(),
                 "time_error": abs(seconds / seen - 1),
+                "heap_bytes": max(rank.memory for rank in ranks),
             }
         )
     return found
@@ -159,7 +173,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: list[dict[str, Any]] = [{"case": one.name} for one in cases]
     if options.part != "time":
         for one, figures in zip(cases, found, strict=True):
-            figures |= held(one)
+            figures |= held(one, empty_of(one.config.family, one.ranks))
             if full:
                 print(f"{one.name}: {figures['predicted_bytes'] / 1e6:.0f} of {figures['measured_bytes'] / 1e6:.0f} MB", file=sys.stderr)
     if options.part != "memory":
@@ -187,7 +201,7 @@ def show(figures: dict[str, Any]) -> str:
                 f"{seen / 1e6:.0f}",
                 f"{told / seen:.3f}",
                 f"{(told - empty) / (seen - empty):.3f}",
-                f"{one['heap_bytes'] / 1e6:.0f}",
+                f"{one['heap_bytes'] / 1e6:.0f}" if "heap_bytes" in one else "-",
             ]
         if "time_error" in one:
             told, seen = one["predicted_seconds"], one["measured_seconds"]

@@ -113,6 +113,11 @@ def test_time_of_a_step() -> None:
     assert each.data == pytest.approx(4 * (size / 1e9 + 2e-3) + 0.5 * size / 1e9 + 1e-3)
     far = pace(job, Layout(16, micro=4), passes, machines.sized(16), "cpu")
     assert far.data == pytest.approx(2 * 15 / 16 * size / 1e8 + 2 * 4e-2)
+    # accelerators of a node send over all of its adapters at once
+    rings = pace(job, Layout(16, micro=4), passes, machines.sized(16), "gpu")
+    assert rings.data == pytest.approx(2 * 15 / 16 * size / 8e8 + 2 * 4e-2)
+    divided = pace(job, Layout(16, tensor=4, micro=4), passes, machines.sized(16), "gpu")
+    assert divided.data == pytest.approx(2 * 3 / 4 * count(job, 4, tensor=4).parameters * 4 / 2e8 + 2 * 2e-2)
 
 
 def test_recomputation_costs_a_forward_pass() -> None:

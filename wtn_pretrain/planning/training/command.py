@@ -9,8 +9,10 @@ from wtn_pretrain.device import device as own_device
 from wtn_pretrain.device import total_memory
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.bert.config import BertConfig
+from wtn_pretrain.parallel.launch import start_ranks
 from wtn_pretrain.planning.cluster import Cluster, Link, usual
 from wtn_pretrain.planning.command import read_shapes
+from wtn_pretrain.planning.profile import RUNTIME, resident
 from wtn_pretrain.planning.show import seconds
 from wtn_pretrain.planning.training.devices import ACCELERATORS, ROOM, USE, Rates, accelerator, cluster, rates
 from wtn_pretrain.planning.training.layout import Layout, layout_of
@@ -109,6 +111,9 @@ def _machines(options: argparse.Namespace, work: Work) -> tuple[Cluster, Rates, 
         if options.device or options.flops or options.use:
             raise UserError("--profile: measures this device; leave --device, --flops and --use out")
         found = usual(options.ranks or 1)._replace(per_node=per_node)
+        if own_device().type == "cpu":
+            start_ranks()
+            found = found._replace(base=resident() + RUNTIME)
         return _declared(found, options, ROOM * total_memory()), Rates(1.0, 1.0), f"this {own_device().type}"
     use = options.use or USE["text" if work.length else "images"]
     if use > 1:
@@ -133,7 +138,6 @@ def _counted(reached: Rates) -> Callable[[Work, Layout], Passes]:
 
 def _profiled(machines: Cluster) -> Callable[[Work, Layout], Passes]:
     """Passes measured here, each kind of them once."""
-    from wtn_pretrain.parallel.launch import start_ranks
     from wtn_pretrain.planning.training.measured import measured
 
     start_ranks()
@@ -169,6 +173,8 @@ def _fixed(
     every = [
         answer(work, layout._replace(micro=micro, accumulation=layout.accumulation // micro), timed, machines, on, exact=False)
         for layout in choices(work, options.ranks, machines.per_node, options.offload)
+        # what recomputation saves there matters where nothing fits without
+        if not (found and layout.tensor > 1 and layout.checkpoint)
         for micro in [_same_rows(layout, first.layout.micro * first.layout.data if found else layout.accumulation)]
     ]
     parts.append(f"each layout with equal rows, whether it fits or not:\n{table(every[: 3 * ROWS], steps, limit, price)}")

@@ -84,7 +84,7 @@ def _data(work: Work, layout: Layout, made: Counted, machines: Cluster, on: str)
     if layout.data == 1:
         return 0.0, 0.0
     ranks, parameters = layout.data, made.parameters
-    link, latency = _link(layout, machines)
+    link, latency = _link(layout, machines, on)
     half = (ranks - 1) / ranks
 
     def collective(numbers: float, size: int, messages: float = 1) -> float:
@@ -113,8 +113,15 @@ def _data(work: Work, layout: Layout, made: Counted, machines: Cluster, on: str)
     return sent + small, 0.0 if on == "cpu" else hidden
 
 
-def _link(layout: Layout, machines: Cluster) -> tuple[Link, float]:
-    """The slowest link that data ranks send over, and the seconds that a message takes to reach all of them."""
-    crosses = layout.ranks > machines.per_node
-    link = machines.between if crosses else machines.inside
-    return link, math.ceil(math.log2(layout.data)) * link.latency
+def _link(layout: Layout, machines: Cluster, on: str) -> tuple[Link, float]:
+    """What data ranks send over, and the seconds that a message takes to reach all of them.
+
+    NCCL lays a ring through every adapter of a node (nccl-tests, PERFORMANCE.md: bus bandwidth), so what crosses nodes is shared among
+    the data ranks of a node, as far as the links within it carry that.
+    """
+    hops = math.ceil(math.log2(layout.data))
+    if layout.ranks <= machines.per_node:
+        return machines.inside, hops * machines.inside.latency
+    rings = 1 if on == "cpu" else max(1, machines.per_node // layout.tensor)
+    bandwidth = min(rings * machines.between.bandwidth, max(machines.inside.bandwidth, machines.between.bandwidth))
+    return Link(bandwidth, machines.between.latency), hops * machines.between.latency
