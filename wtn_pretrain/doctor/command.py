@@ -28,7 +28,7 @@ def run(doc: str, argv: Sequence[str]) -> int:
     """Looks at everything, prints the page on rank 0; the exit status: 0, or 1 where a fault was found."""
     options = _parser(doc).parse_args(argv)
     start = find_start()
-    own = _own(options)
+    own = _own(options, first=start.local_rank == 0)
     hosts, facts = [host_name()], [versions()]
     if start.world_size == 1:
         own += check_port(options.port)
@@ -59,21 +59,17 @@ def _parser(doc: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--timeout", type=_positive, default=60.0, metavar="SECONDS", help="how long others are waited for (default 60)")
     made.add_argument("--ignore", action="append", default=[], choices=CHECKS, help="faults of a check are warnings")
+    # deepspeed passes it on; the environment says the same
+    made.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     made.add_argument("--json", action="store_true", help="print findings and versions as JSON")
     return made
 
 
-def _own(options: argparse.Namespace) -> list[Finding]:
-    """What concerns this rank's machine."""
-    found = [
-        *check_versions(versions()),
-        *check_devices(),
-        *check_memory(),
-        *check_shared_memory(),
-        *check_compilers(device().type),
-        *check_kernels(device()),
-        *check_disk(options.folder, options.need * 1e9),
-    ]
+def _own(options: argparse.Namespace, first: bool) -> list[Finding]:
+    """What concerns this rank's machine; what all ranks of a host share is looked at by the `first` of them."""
+    found = [*check_versions(versions()), *check_devices(), *check_compilers(device().type), *check_kernels(device())]
+    if first:
+        found += [*check_memory(), *check_shared_memory(), *check_disk(options.folder, options.need * 1e9)]
     for peer in options.peer:
         address, _, port = peer.partition(":")
         if port and not port.isdecimal():

@@ -7,6 +7,9 @@ Verdict = Literal["ok", "warning", "fault"]
 MARKS: dict[Verdict, str] = {"ok": "ok", "warning": "WARNING", "fault": "FAULT"}
 
 
+FEW = 4
+
+
 class Finding(NamedTuple):
     """One line of the page."""
 
@@ -37,12 +40,29 @@ def page(findings: Sequence[Finding], heading: str) -> str:
     names = list(dict.fromkeys(finding.check for finding in findings))
     width = max(map(len, names), default=0)
     for name in names:
-        for finding in (one for one in findings if one.check == name):
+        shown, more = _few([one for one in findings if one.check == name])
+        for finding in shown:
             lines.append(f"{name.ljust(width)}  {MARKS[finding.verdict].ljust(7)}  {_where(finding)}{finding.text}")
             if finding.remedy:
                 lines.append(f"{' ' * width}           -> {finding.remedy}")
+        if more:
+            lines.append(f"{name.ljust(width)}  {MARKS['ok'].ljust(7)}  and so on {_several(more, 'more rank')}")
     bad = [sum(finding.verdict == verdict for finding in findings) for verdict in ("fault", "warning")]
     return "\n".join([*lines, "", f"{_several(bad[0], 'fault')}, {_several(bad[1], 'warning')}"])
+
+
+def _few(findings: list[Finding]) -> tuple[list[Finding], int]:
+    """All that is wrong, what is well on `FEW` of those ranks that say it in words of their own, and on how many more it is."""
+    found: list[Finding] = []
+    well = more = 0
+    for finding in findings:
+        if finding.verdict == "ok" and finding.ranks:
+            well += 1
+            if well > FEW:
+                more += len(finding.ranks)
+                continue
+        found.append(finding)
+    return found, more
 
 
 def _where(finding: Finding) -> str:

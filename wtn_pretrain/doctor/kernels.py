@@ -15,7 +15,10 @@ def check_kernels(device: torch.device) -> list[Finding]:
     """apex, Liger, flash-attn and Triton: none is needed on a CPU, and a wrong apex is a fault anywhere."""
     found = [_apex(device)]
     if device.type == "cpu":
-        return [*found, Finding("kernels", "ok", "on a CPU torch's own operations are live; Liger, flash-attn and Triton are not used")]
+        return [
+            *found,
+            Finding("kernels", "ok", "on a CPU torch computes, and this package's dropout; Liger, flash-attn and Triton are not used"),
+        ]
     if reason := jit.why_not(device):
         text = f"Triton: {reason}; bias, GELU, dropout and LayerNorm then take a pass over memory each"
         found.append(Finding("kernels", "warning", text, "install the Triton that belongs to your torch, and a C compiler"))

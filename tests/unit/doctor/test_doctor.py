@@ -50,7 +50,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_page_that_is_well(tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("this machine has no compiler, and the doctor would say so")
-    done = doctor(tmp_path)
+    # as deepspeed's launcher calls it
+    done = doctor(tmp_path, "--local_rank=0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no faults" in done.stdout
     for check in ("versions", "devices", "memory", "compilers", "kernels", "disk", "network"):
@@ -193,3 +194,8 @@ def test_equal_findings_stand_once() -> None:
     text = page(found, "two ranks")
     assert "rank 1: full" in text
     assert "1 fault, no warnings" in text
+    many = [Finding("disk", "ok", f"{rank} GB free", ranks=(rank,)) for rank in range(9)]
+    text = page([*many, own._replace(ranks=(9,))], "ten ranks")
+    assert text.count("GB free") == 4
+    assert "and so on 5 more ranks" in text
+    assert "rank 9: full" in text
