@@ -31,6 +31,9 @@ class Layout(NamedTuple):
     prefetch: int = 50_000_000
     """Weights (numbers) that ZeRO 3 brings together ahead: its stage3_prefetch_bucket_size."""
 
+    live: int = 1_000_000_000
+    """Weights (numbers) that ZeRO 3 keeps whole as long as they will be asked for again: its stage3_max_live_parameters."""
+
     @property
     def data(self) -> int:
         """Ranks that see different samples."""
@@ -80,4 +83,5 @@ def layout_of(section: TrainSection, stage: str, ranks: int) -> Layout:
         bucket=int(zero.get("reduce_bucket_size", 5e8)),
         buffers=2 if overlapping and level else 1,
         prefetch=int(zero.get("stage3_prefetch_bucket_size", zero.get("prefetch_bucket_size", 5e7))),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
     )

@@ -88,8 +88,7 @@ def _passes(made: Counted, layout: Layout, whole: int, share: int, here: bool) -
             # of an empty bucket only what was written to is there, and gradients move into it as they come
             return max(made.kept, whole + part, part + share), kept
         return max(made.lean + part, share) + buckets, kept
-    # gradients of this rank's share always stay; weights are brought together ahead of their use
-    near = min(whole, layout.prefetch * size + made.largest * size)
-    if here and whole <= full:
-        return max(made.kept + near, share), part
-    return max(made.lean + near + buckets, share), part
+    # Gradients of this rank's share always stay, and so does the one bucket, on a CPU as far as it was ever written to. Weights that will
+    # be asked for again stay as well, up to a limit, and the message that they were cut out of until the last of them is asked for.
+    near = min(whole, layout.live * size) + min(whole, layout.prefetch * size)
+    return max(made.lean + near + (min(whole, full) if here else full), share), part
