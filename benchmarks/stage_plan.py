@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     if not cases:
         raise UserError(f"--case {options.case}: in no name; there are {'; '.join(one.name for one in (FULL if full else CI))}")
-    repeats = options.repeats or (5 if full else 1)
+    repeats = options.repeats or (3 if full else 1)
     found: list[dict[str, Any]] = [{"case": one.name} for one in cases]
     if options.part != "time":
         for one, figures in zip(cases, found, strict=True):
@@ -177,7 +177,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if full:
                 print(f"{one.name}: {figures['predicted_bytes'] / 1e6:.0f} of {figures['measured_bytes'] / 1e6:.0f} MB", file=sys.stderr)
     if options.part != "memory":
-        for figures, more in zip(found, timed(cases, 4 if full else 1, repeats), strict=True):
+        for figures, more in zip(found, timed(cases, 3 if full else 1, repeats), strict=True):
             figures |= more
     keys = {
         "stage_plan_memory": "memory_error",
@@ -219,7 +219,7 @@ def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--part", choices=("memory", "time", "both"), default="both", help="what is compared (default both)")
     arguments.add_argument("--case", default="", metavar="NAME", help="only cases whose name holds NAME")
-    arguments.add_argument("--repeats", type=positive, metavar="N", help="repeats of every run (default 5; ci 1)")
+    arguments.add_argument("--repeats", type=positive, metavar="N", help="repeats of every run (default 3; ci 1)")
     return run(measure, arguments, show)
 
 
