@@ -46,6 +46,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Host]]:
         f"Host *\n  IdentityFile {ssh}/user\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
     )
     setup = f"mkdir -p /run/sshd; mount --bind {ssh} /etc/ssh; {SSHD} -f {ssh}/sshd_config;"
+    # torchrun asks its rendezvous for as long as TCP tries to reach it: a quarter of an hour, unless told otherwise
+    setup += " echo 7 > /proc/sys/net/ipv4/tcp_retries2;"
     with hosts(("login", "a", "b"), folder, setup) as three:
         yield three
 

@@ -76,7 +76,7 @@ class _Gathering:
         if ranks.sequence:
             x = x.contiguous()
             self._parts = [torch.empty_like(x) for _ in range(ranks.count)]
-            self._work = dist.all_gather(self._parts, x, group=ranks.group, async_op=True)
+            self._work = ranks.all_gather(self._parts, x, later=True)
 
     def wait(self) -> Tensor:
         if self._work is not None:
@@ -93,12 +93,12 @@ class _Summing:
             # kept until it has been sent
             self._given = [part.contiguous() for part in x.chunk(ranks.count, SEQUENCE)]
             self._sum = torch.empty_like(self._given[ranks.index])
-            self._work = dist.reduce_scatter(self._sum, self._given, group=ranks.group, async_op=True)
+            self._work = ranks.reduce_scatter(self._sum, self._given, later=True)
         else:
             self._sum = x
-            self._work = dist.all_reduce(x, group=ranks.group, async_op=True)
+            self._work = ranks.all_reduce(x, later=True)
 
     def wait(self) -> Tensor:
-        assert self._work is not None
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         return self._sum

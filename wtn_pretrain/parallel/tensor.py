@@ -30,6 +30,18 @@ class Ranks:
         self.group, self.sequence = group, sequence
         self.count, self.index = dist.get_world_size(group), dist.get_rank(group)
 
+    def all_reduce(self, x: Tensor, later: bool = False) -> dist.Work | None:
+        """Sums `x` over the ranks, in place. `later`: what is returned has to be waited for."""
+        return dist.all_reduce(x, group=self.group, async_op=later)
+
+    def all_gather(self, parts: list[Tensor], x: Tensor, later: bool = False) -> dist.Work | None:
+        """Fills `parts` with every rank's `x`."""
+        return dist.all_gather(parts, x, group=self.group, async_op=later)
+
+    def reduce_scatter(self, mine: Tensor, parts: list[Tensor], later: bool = False) -> dist.Work | None:
+        """Fills `mine` with the sum of what every rank has for this one."""
+        return dist.reduce_scatter(mine, parts, group=self.group, async_op=later)
+
     def enter(self, hidden: Tensor) -> Tensor:
         """The whole hidden state, on the way into a column-parallel layer."""
         return _Gather.apply(hidden, self) if self.sequence else _Copy.apply(hidden, self)
@@ -162,21 +174,21 @@ def _shard(parameter: Tensor, dim: int, ranks: Ranks) -> nn.Parameter:
 
 def _gathered(x: Tensor, ranks: Ranks) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.count)]
-    dist.all_gather(parts, x.contiguous(), group=ranks.group)
+    ranks.all_gather(parts, x.contiguous())
     return torch.cat(parts, SEQUENCE)
 
 
 def _summed(x: Tensor, ranks: Ranks) -> Tensor:
     # not in place: autograd may still need what it was made from
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=ranks.group)
+    ranks.all_reduce(total)
     return total
 
 
 def _summed_part(x: Tensor, ranks: Ranks) -> Tensor:
     parts = [part.contiguous() for part in x.chunk(ranks.count, SEQUENCE)]
     mine = torch.empty_like(parts[ranks.index])
-    dist.reduce_scatter(mine, parts, group=ranks.group)
+    ranks.reduce_scatter(mine, parts)
     return mine
 
 

@@ -8,7 +8,6 @@ the forward pass, while the logits are there, and only scaled in the backward pa
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,7 +62,7 @@ def _rows(logits: Tensor, targets: Tensor, kept: Tensor, ranks: Ranks, gradient:
 
 def _gathered(values: Tensor, ranks: Ranks) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(ranks.count)]
-    dist.all_gather(parts, values, group=ranks.group)
+    ranks.all_gather(parts, values)
     return torch.stack(parts)
 
 

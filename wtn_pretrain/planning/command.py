@@ -2,8 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+from wtn_pretrain.arguments import Parser, amount, assignments_of, count
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.teacher import adapted, wide_shape
 from wtn_pretrain.imitation.learner import zero_stage
@@ -31,11 +32,16 @@ EPILOG = f"""Left out, a rank is a data-centre GPU: {DATA_CENTRE.flops:g} FLOP/s
 links are those of this kind of device (cores of one machine: 1e9 bytes/s, 1e-4 s, no limit of memory)."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are the project's."""
+class Shapes(NamedTuple):
+    """What a recipe trains."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+    recipe: Recipe
+    thin: BlockConfig
+    wide: BlockConfig
+    length: int | None
+    """Of sequences; None for images."""
+    assumed: list[str]
+    """Keys of the shape that the data decides, with what was taken instead."""
 
 
 class Job(NamedTuple):
@@ -55,15 +61,17 @@ def parser(doc: str) -> Parser:
     """The options of tools/plan.py; all others are assignments to keys of the recipe."""
     made = Parser(description=doc, epilog=EPILOG, allow_abbrev=False)
     made.add_argument("--config", required=True, metavar="RECIPE", help="a run's YAML file; --section.key=value overrides it")
-    made.add_argument("--ranks", required=True, type=_count, help="ranks to plan for")
-    made.add_argument("--ranks-per-node", type=_count, help="ranks on one machine")
-    made.add_argument("--flops", type=_amount, help="FLOP/s that a rank reaches in matrix products and convolutions")
-    made.add_argument("--memory-bandwidth", type=_amount, help="bytes/s to and from a rank's memory")
-    made.add_argument("--overhead", type=_amount, help="seconds to start a unit, however few its rows")
-    made.add_argument("--bandwidth", type=_amount, help="bytes/s of a rank's link to other nodes")
-    made.add_argument("--node-bandwidth", type=_amount, help="bytes/s of its link within a node")
-    made.add_argument("--latency", type=_amount, help="seconds of a message within a node; twice that to others")
-    made.add_argument("--memory", type=_amount, help="bytes a rank may hold")
+    stages = ("wide", "narrow", "finetune", "scratch")
+    made.add_argument("--stage", choices=stages, default="narrow", help="narrow unless given; the others have a --help of their own")
+    made.add_argument("--ranks", required=True, type=count, help="ranks to plan for")
+    made.add_argument("--ranks-per-node", type=count, help="ranks on one machine")
+    made.add_argument("--flops", type=amount, help="FLOP/s that a rank reaches in matrix products and convolutions")
+    made.add_argument("--memory-bandwidth", type=amount, help="bytes/s to and from a rank's memory")
+    made.add_argument("--overhead", type=amount, help="seconds to start a unit, however few its rows")
+    made.add_argument("--bandwidth", type=amount, help="bytes/s of a rank's link to other nodes")
+    made.add_argument("--node-bandwidth", type=amount, help="bytes/s of its link within a node")
+    made.add_argument("--latency", type=amount, help="seconds of a message within a node; twice that to others")
+    made.add_argument("--memory", type=amount, help="bytes a rank may hold")
     made.add_argument("--profile", action="store_true", help="time the units on this device instead of counting FLOPs")
     made.add_argument("--compare", metavar="PLAN", help="another plan, as 0-3,4-6x2 or a file, to show beside the best")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the plan to FILE, for narrow.plan")
@@ -77,7 +85,7 @@ def run(doc: str, argv: list[str]) -> str:
         UserError: one line that names the argument or key, what is wrong and the remedy.
     """
     options, rest = parser(doc).parse_known_args(argv)
-    job = read_job(options.config, _assignments(rest))
+    job = read_job(options.config, assignments_of(rest))
     if options.out and job.assumed:
         raise UserError(
             f"--out: a plan file is for one shape, and the data decides {job.assumed[0].split(' = ')[0]}; set it on the command line"
@@ -119,6 +127,13 @@ def dry_run(config: str, assignments: list[str], ranks: int) -> str:
 
 
 def read_job(config: str, assignments: list[str]) -> Job:
+    """The networks of a recipe, paired; its data need not be there."""
+    recipe, thin, wide, length, assumed = read_shapes(config, assignments)
+    pairing = pair(thin, wide, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
+    return Job(recipe, thin, wide, pairing, (flops(thin, length), flops(wide, length)), length, assumed)
+
+
+def read_shapes(config: str, assignments: list[str]) -> Shapes:
     """The networks of a recipe; its data need not be there."""
     recipe = load_recipe(config, assignments)
     assumed: list[str] = []
@@ -129,8 +144,7 @@ def read_job(config: str, assignments: list[str]) -> Job:
         wide = wide_shape(thin, recipe.wide.teacher, recipe.wide.teacher_pickle, recipe.wide.teacher_heads)
     else:
         wide = thin.widen(recipe.widen.inner, recipe.widen.outer, recipe.widen.blocks or None)
-    pairing = pair(thin, wide, unit=recipe.narrow.unit, depth_map=recipe.narrow.depth_map)
-    return Job(recipe, thin, wide, pairing, (flops(thin, length), flops(wide, length)), length, assumed)
+    return Shapes(recipe, thin, wide, length, assumed)
 
 
 def _completed(recipe: Recipe, assumed: list[str]) -> tuple[BlockConfig, int | None]:
@@ -197,35 +211,3 @@ def _other(text: str, job: Job) -> Plan:
     """The plan to compare with, from its text or a file."""
     plan = read(Path(text), fingerprint(job.thin, job.wide, job.pairing)) if text.endswith(".json") else parse(text)
     return check(plan, job.pairing.units + 1)
-
-
-def _assignments(rest: list[str]) -> list[str]:
-    """`--section.key=value` and `--section.key value` among the arguments that are no options."""
-    found, waiting = [], list(rest)
-    while waiting:
-        argument = waiting.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or "." not in name:
-            raise UserError(f"argument {argument!r}: unknown; there are --section.key=value and what --help lists")
-        if not equals:
-            if not waiting or waiting[0].startswith("--"):
-                raise UserError(f"argument --{name}: has no value")
-            value = waiting.pop(0)
-        found.append(f"{name}={value}")
-    return found
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, such as 25e9")
-    return value

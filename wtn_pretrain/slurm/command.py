@@ -7,8 +7,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
+from wtn_pretrain.arguments import Parser, assignments_of, count
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
 from wtn_pretrain.imitation.learner import zero_stage
@@ -31,13 +32,6 @@ LIMIT_MARGIN = 15.0
 """Minutes of a job beyond run.time_limit: to start, and to save."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are the project's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 class Script(NamedTuple):
     """A batch script that has been filled in, and what is given to it."""
 
@@ -58,10 +52,10 @@ def parser(doc: str) -> Parser:
     made.add_argument("--stage", choices=tuple(SCRIPTS), default="method", help="what to run (method: all stages in one job)")
     made.add_argument("--chain", action="store_true", help="a job for each stage, each after the one before, then the baseline and report")
     made.add_argument("--vary", action="append", default=[], metavar="KEY=V1,V2", help="an array of jobs, one for each value; repeatable")
-    made.add_argument("--nodes", type=_count, help="nodes (default: as many as narrow.plan needs, or 1)")
-    made.add_argument("--ranks-per-node", type=_count, help=f"ranks on each (default {PER_NODE}, or fewer where narrow.plan says so)")
+    made.add_argument("--nodes", type=count, help="nodes (default: as many as narrow.plan needs, or 1)")
+    made.add_argument("--ranks-per-node", type=count, help=f"ranks on each (default {PER_NODE}, or fewer where narrow.plan says so)")
     made.add_argument("--gpus-per-node", type=_natural, help="GPUs of each node (default: one a rank; 0: none)")
-    made.add_argument("--cpus-per-rank", type=_count, default=1, help="cores of each rank, for it and its data workers (default 1)")
+    made.add_argument("--cpus-per-rank", type=count, default=1, help="cores of each rank, for it and its data workers (default 1)")
     made.add_argument("--memory", help="of each node, such as 64G (default: all it has; of stage 2 on CPUs, as planned)")
     made.add_argument("--time", type=float, metavar="MINUTES", help="limit (default: run.time_limit and a quarter of an hour, or a day)")
     made.add_argument(
@@ -79,16 +73,14 @@ def run(doc: str, argv: Sequence[str]) -> int:
         UserError: one line that names the argument or key, what is wrong and the remedy; nothing has been submitted.
     """
     options, rest = parser(doc).parse_known_args(argv)
-    wrong = [argument for argument in rest if not (argument.startswith("--") and "." in argument and "=" in argument)]
-    if wrong:
-        raise UserError(f"argument {wrong[0]}: unknown; see --help, keys of the recipe are --section.key=value")
+    assignments = assignments_of(rest)
     if options.chain and options.vary:
         raise UserError("--chain, --vary: a chain is of one run; submit one chain for each value")
-    job = read_job(options.config, [argument.removeprefix("--") for argument in rest])
+    job = read_job(options.config, assignments)
     stages = list(SCRIPTS) if options.chain else [options.stage]
     if options.chain and job.recipe.wide.teacher:
         stages.remove("wide")
-    scripts = [_script(job, stage, options, rest) for stage in stages]
+    scripts = [_script(job, stage, options, assignments) for stage in stages]
     if options.dry_run:
         print("\n".join(_shown(script) for script in scripts))
         return 0
@@ -109,7 +101,7 @@ def run(doc: str, argv: Sequence[str]) -> int:
         return 0
 
 
-def _script(job: Job, stage: str, options: argparse.Namespace, rest: list[str]) -> Script:
+def _script(job: Job, stage: str, options: argparse.Namespace, assignments: list[str]) -> Script:
     size, plan = _size(job, stage, options)
     recipe = job.recipe
     name = f"{recipe.run.name}-{stage}"
@@ -131,7 +123,8 @@ def _script(job: Job, stage: str, options: argparse.Namespace, rest: list[str]) 
         variables |= {"WTN_SWEEP": str((folder / "sweep.txt").absolute()), "WTN_SCRIPT": ENTRY[stage]}
     comment = f"narrow.plan {plan} on {plan.ranks} ranks" if plan is not None else ""
     text = fill((FOLDER / (SWEEP if lines else SCRIPTS[stage])).read_text(encoding="utf-8"), head, variables, comment)
-    return Script(stage, folder / f"{stage}.sbatch", text, ["--config", options.config, *rest], lines)
+    given = ["--config", options.config, *(f"--{assignment}" for assignment in assignments)]
+    return Script(stage, folder / f"{stage}.sbatch", text, given, lines)
 
 
 def _size(job: Job, stage: str, options: argparse.Namespace) -> tuple[Size, Plan | None]:
@@ -144,7 +137,7 @@ def _size(job: Job, stage: str, options: argparse.Namespace) -> tuple[Size, Plan
     fixed = _planned_ranks(job) if "narrow" in ASKS[stage] else None
     if fixed is not None and nodes is None:
         # as few nodes as there can be, all filled alike; what cannot be is refused below
-        per_node = per_node or next(count for count in range(min(PER_NODE, fixed), 0, -1) if fixed % count == 0)
+        per_node = per_node or next(most for most in range(min(PER_NODE, fixed), 0, -1) if fixed % most == 0)
         nodes = max(1, fixed // per_node)
     elif fixed is not None and per_node is None:
         per_node = max(1, fixed // nodes)
@@ -206,12 +199,6 @@ def _write(script: Script) -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True, file=sys.stdout)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _natural(text: str) -> int:

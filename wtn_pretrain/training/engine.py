@@ -21,6 +21,7 @@ from wtn_pretrain.training.nvme import OwnFolder
 from wtn_pretrain.training.offload import check_buffers, check_offload, offloads, require_compiler
 from wtn_pretrain.training.optimizers import STATES, decay_groups, follow_layers, make_optimizer
 from wtn_pretrain.training.partitioned import partition
+from wtn_pretrain.training.passing import take_monitors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,6 +128,7 @@ def filled_config(
         # how losses are scaled is DeepSpeed's own, whether they are is not
         if key in tree and (key != "fp16" or "enabled" in tree[key]):
             raise UserError(f"{name}: {key} belongs in {stage}.{_HOME.get(key, 'precision')}; remove it from the file")
+    take_monitors(tree, name)
     zero = tree.setdefault("zero_optimization", {"stage": 0})
     check_offload(zero, name)
     _check_optimizer(optimizer, f"{stage}.optimizer", zero, name, follows_layers)

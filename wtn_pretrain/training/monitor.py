@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
+from wtn_pretrain.training.passing import open_monitors
 
 METRICS = "metrics.jsonl"
 SETTLE = 5  # steps left out of the rate: they pay for compilation, allocation and cold caches
@@ -74,6 +75,7 @@ class Monitor:
         self._events: Any = None
         if tensorboard:
             self._events = self._open_events(start)
+        self._passing = open_monitors()
         self._bar: tqdm[Any] | None = None
         # some terminals do not know their width: a bar on them would be empty
         if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
@@ -158,6 +160,8 @@ class Monitor:
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
+        if self._passing is not None:
+            self._passing.close()
         try:
             self._flush(last=True)
         finally:
@@ -228,21 +232,23 @@ class Monitor:
         return SummaryWriter(self._folder / "events", purge_step=start + 1 if start else 0, flush_secs=30)
 
     def _chart(self, group: str, step: int, values: Mapping[str, Any]) -> None:
-        if self._events is None:
-            return
-        try:
-            self._add(group, step, values)
-        except OSError as error:
-            # its thread has ended with this
-            self._events = None
-            self._tell(f"{self._folder / 'events'}: cannot be written ({error.strerror}); TensorBoard gets no more of this start")
-
-    def _add(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        charted: list[tuple[str, float]] = []
         for name, value in values.items():
             parts = {f"{name}/{i:02d}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
-            for tag, part in parts.items():
-                if isinstance(part, int | float) and not isinstance(part, bool):
-                    self._events.add_scalar(f"{self._stage}/{group}{tag}", part, step)
+            charted += [
+                (f"{group}{tag}", part) for tag, part in parts.items() if isinstance(part, int | float) and not isinstance(part, bool)
+            ]
+        if self._events is not None:
+            try:
+                for tag, part in charted:
+                    self._events.add_scalar(f"{self._stage}/{tag}", part, step)
+            except OSError as error:
+                # its thread has ended with this
+                self._events = None
+                self._tell(f"{self._folder / 'events'}: cannot be written ({error.strerror}); TensorBoard gets no more of this start")
+        if self._passing is not None:
+            # under the title: seeds, which have folders of their own, share these places
+            self._passing.write([(f"{self._title}/{tag}", part, step) for tag, part in charted])
 
     def _tell(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)

@@ -89,7 +89,7 @@ def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytes
         (["--chain", "--vary", "run.seed=0,1"], "--chain, --vary"),
         (["--vary", "seed=1"], "write SECTION.KEY=VALUE,VALUE"),
         (["--option", "exclusive"], "write NAME=VALUE"),
-        (["--nonsense"], "--nonsense: unknown"),
+        (["--nonsense"], "'--nonsense': unknown"),
         (["--nodes", "0"], "not a whole number of at least 1"),
         (["--wide.step=3"], "did you mean wide.steps"),
     ],

@@ -220,7 +220,8 @@ class BertNetwork(BlockNetwork):
         from wtn_pretrain.models.bert.parallel import divide
         from wtn_pretrain.parallel.tensor import Ranks
 
-        divide(self, Ranks(group, sequence))
+        # a planner's ranks are not there, and know themselves what they do
+        divide(self, group if isinstance(group, Ranks) else Ranks(group, sequence))
 
     @staticmethod
     def counted(carry: Carry) -> Tensor | None:

@@ -1,0 +1,201 @@
+"""Every fault that the doctor is for is planted for real, and must be named with a remedy."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.running import environment, free_port
+from wtn_pretrain.doctor.compilers import check_compilers
+from wtn_pretrain.doctor.disk import check_disk
+from wtn_pretrain.doctor.finding import Finding, merged, page
+from wtn_pretrain.doctor.network import check_peer, check_port
+
+ROOT = Path(__file__).parents[3]
+
+
+def doctor(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, str(ROOT / "tools/doctor.py"), "--folder", str(folder), "--port", str(free_port()), *arguments]
+    return subprocess.run(call, capture_output=True, text=True, env={**environment(), **env}, timeout=120)
+
+
+def faults(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """Check -> text of what a run with --json calls a fault."""
+    told = json.loads(done.stdout)
+    found = {one["check"]: one["text"] for one in told["findings"] if one["verdict"] == "fault"}
+    assert all(one["remedy"] for one in told["findings"] if one["verdict"] == "fault")
+    assert told["exit"] == done.returncode == bool(found)
+    return found
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 MB of its own."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_page_that_is_well(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("this machine has no compiler, and the doctor would say so")
+    # as deepspeed's launcher calls it
+    done = doctor(tmp_path, "--local_rank=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no faults" in done.stdout
+    for check in ("versions", "devices", "memory", "compilers", "kernels", "disk", "network"):
+        assert f"\n{check}" in done.stdout
+    assert len(done.stdout.splitlines()) < 40
+
+
+def test_no_compiler_and_a_wrong_apex(tmp_path: Path) -> None:
+    # as pip lays the package of that name from PyPI out
+    planted = tmp_path / "site"
+    (planted / "apex").mkdir(parents=True)
+    (planted / "apex" / "__init__.py").write_text("")
+    (planted / "apex-0.9.10.dev0.dist-info").mkdir()
+    about = "Metadata-Version: 2.1\nName: apex\nVersion: 0.9.10.dev0\nSummary: Pyramid auth toolkit\n"
+    (planted / "apex-0.9.10.dev0.dist-info" / "METADATA").write_text(about)
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    found = faults(doctor(tmp_path, "--json", PATH=str(empty), PYTHONPATH=f"{ROOT}{os.pathsep}{planted}"))
+    assert found.keys() == {"compilers", "kernels"}
+    assert "a wrong apex (version 0.9.10.dev0: Pyramid auth toolkit)" in found["kernels"]
+    ignored = doctor(tmp_path, "--ignore", "compilers", "--ignore", "kernels", PATH=str(empty), PYTHONPATH=f"{ROOT}{os.pathsep}{planted}")
+    assert ignored.returncode == 0
+    assert "no C++ compiler on the path" in ignored.stdout
+
+
+def test_a_compiler_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'cc1plus: not found' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CXX", raising=False)
+    first = check_compilers("cpu")[0]
+    assert first.verdict == "fault"
+    assert "cc1plus: not found" in first.text
+
+
+def test_full_disk(small_disk: Path) -> None:
+    (first,) = check_disk(small_disk / "runs", need=1e6)
+    assert first.verdict == "warning"
+    assert "MB/s written" in first.text
+    assert "1 GB are needed" in check_disk(small_disk)[0].text
+    with pytest.raises(OSError), (small_disk / "filling").open("wb") as file:
+        while True:
+            file.write(bytes(1 << 20))
+            file.flush()
+    found = faults(doctor(small_disk / "runs", "--json"))
+    assert "the disk is full" in found["disk"]
+    assert [path.name for path in small_disk.iterdir()] == ["filling"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    (first,) = check_disk(tmp_path / "runs")
+    assert first.verdict == "fault"
+    assert "cannot be written" in first.text
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        found = faults(doctor(tmp_path, "--json", "--port", str(port)))
+        assert f"port {port} is taken" in found["network"]
+        # another launch would meet there
+        assert check_peer("127.0.0.1", port, 5)[0].verdict == "ok"
+    assert check_port(free_port())[0].verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("peer", "why"),
+    [
+        # of a network that is kept for documentation (RFC 5737): either nothing comes back, or there is no route
+        ("192.0.2.1:29500", r"192.0.2.1:29500 is not reached in 2 s"),
+        ("no-such-host.invalid", r"no-such-host.invalid:22 is not reached in 2 s: no such name"),
+        (f"127.0.0.1:{free_port()}", "connection refused"),
+    ],
+)
+def test_a_peer_that_does_not_answer(peer: str, why: str, tmp_path: Path) -> None:
+    found = faults(doctor(tmp_path, "--json", "--peer", peer, "--timeout", "2"))
+    assert why in found["network"]
+
+
+def test_a_rank_whose_first_rank_is_not_there(tmp_path: Path) -> None:
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = doctor(tmp_path, "--timeout", "2", **place)
+    assert done.returncode == 1
+    assert "rank 1 by itself" in done.stdout
+    assert f"has not reached rank 0 at 127.0.0.1:{place['MASTER_PORT']} within 2 s" in done.stdout
+
+
+def test_a_first_rank_that_nobody_joins(tmp_path: Path) -> None:
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    found = faults(doctor(tmp_path, "--json", "--timeout", "2", **place))
+    assert "not all of the 2 ranks have come" in found["network"]
+
+
+def ranks(folder: Path, paths: Sequence[Sequence[Path]], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """The doctor on as many ranks as there are lists of further folders to import from."""
+    port, done = str(free_port()), [None] * len(paths)
+
+    def one(rank: int, more: Sequence[Path]) -> None:
+        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(paths)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done[rank] = doctor(folder, *arguments, PYTHONPATH=os.pathsep.join(map(str, [*more, ROOT])), **env)  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=one, args=(rank, more)) for rank, more in enumerate(paths)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done  # type: ignore[return-value]
+
+
+def test_ranks_with_other_versions_and_other_code(tmp_path: Path) -> None:
+    planted = tmp_path / "site"
+    (planted / "transformers-9.9.9.dist-info").mkdir(parents=True)
+    (planted / "transformers-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.9.9\n")
+    shutil.copytree(ROOT / "wtn_pretrain", planted / "wtn_pretrain", ignore=shutil.ignore_patterns("__pycache__"))
+    with (planted / "wtn_pretrain" / "narrow.py").open("a") as file:
+        file.write("\n# changed on this node alone\n")
+    first, second = ranks(tmp_path, [[], [planted]], "--json")
+    assert first.returncode == second.returncode == 1, first.stderr + second.stderr
+    assert not second.stdout
+    told = json.loads(first.stdout)
+    differing = [one for one in told["findings"] if one["check"] == "versions" and one["verdict"] == "fault"]
+    texts = [one["text"] for one in differing]
+    assert len(texts) == 2 and any(text.startswith("transformers 9.9.9 on ") for text in texts)
+    assert any("has another wtn_pretrain/narrow.py, held against rank 0's" in text for text in texts)
+    assert all(one["ranks"] == [1] for one in differing)
+    assert {one["remedy"].split(":")[0] for one in differing} == {"start all ranks in one environment", "give every host the same checkout"}
+    checks = {one["check"]: one for one in told["findings"]}
+    assert "GB/s" in checks["links"]["text"]
+    assert checks["clocks"]["verdict"] == "ok"
+
+
+def test_equal_findings_stand_once() -> None:
+    same, own = Finding("disk", "ok", "fast"), Finding("disk", "fault", "full", "free space")
+    found = merged([[same], [same, own]])
+    assert found == [same, own._replace(ranks=(1,))]
+    text = page(found, "two ranks")
+    assert "rank 1: full" in text
+    assert "1 fault, no warnings" in text
+    many = [Finding("disk", "ok", f"{rank} GB free", ranks=(rank,)) for rank in range(9)]
+    text = page([*many, own._replace(ranks=(9,))], "ten ranks")
+    assert text.count("GB free") == 4
+    assert "and so on 5 more ranks" in text
+    assert "rank 9: full" in text
