@@ -1,10 +1,10 @@
 """How a stage says where it stands: a progress bar or plain lines, TensorBoard events and `metrics.jsonl`."""
 
-import contextlib
 import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -158,8 +158,10 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
         if self._events is not None:
-            with contextlib.suppress(OSError):
+            try:
                 self._events.close()
+            except OSError as error:
+                self._uncharted(error)
         if self._passing is not None:
             self._passing.close()
         try:
@@ -228,8 +230,16 @@ class Monitor:
         # slow to import, and not needed by those who only read metrics
         from torch.utils.tensorboard import SummaryWriter
 
+        _hush_writers()
         # TensorBoard purges from the given step on, and steps count from 1
-        return SummaryWriter(self._folder / "events", purge_step=start + 1 if start else 0, flush_secs=30)
+        try:
+            return SummaryWriter(self._folder / "events", purge_step=start + 1 if start else 0, flush_secs=30)
+        except OSError as error:
+            self._uncharted(error)
+            return None
+
+    def _uncharted(self, error: OSError) -> None:
+        self._tell(f"{self._folder / 'events'}: cannot be written ({error.strerror}); TensorBoard gets no more of this start")
 
     def _chart(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         charted: list[tuple[str, float]] = []
@@ -245,13 +255,27 @@ class Monitor:
             except OSError as error:
                 # its thread has ended with this
                 self._events = None
-                self._tell(f"{self._folder / 'events'}: cannot be written ({error.strerror}); TensorBoard gets no more of this start")
+                self._uncharted(error)
         if self._passing is not None:
             # under the title: seeds, which have folders of their own, share these places
             self._passing.write([(f"{self._title}/{tag}", part, step) for tag, part in charted])
 
     def _tell(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
+
+
+def _hush_writers() -> None:
+    """Keeps the traceback of a thread back in which TensorBoard writes: whoever adds to it next says in one line what has ended it."""
+    shown = threading.excepthook
+    if getattr(shown, "hushed", False):
+        return
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard")):
+            shown(told)
+
+    hook.hushed = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
