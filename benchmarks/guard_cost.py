@@ -16,18 +16,16 @@ import argparse
 import contextlib
 import io
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import torch
 from common import parser, positive, run, table
 from peaks import synchronize
-from ranks import Crew
+from ranks import Crew, folder_of_all
 from stage_one import OPTIMIZERS, RandomImages, RandomWords
 from torch import Tensor
 
@@ -120,8 +118,8 @@ def timed(place: Place, model: str, settings: Mapping[str, Any]) -> list[float]:
     )
     torch.manual_seed(0)
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            loop.train(config.build(), task, section, stage="wide", folder=Path(folder), seed=0, place=place)
+        with folder_of_all(place) as folder, contextlib.redirect_stderr(io.StringIO()):
+            loop.train(config.build(), task, section, stage="wide", folder=folder, seed=0, place=place)
     finally:
         loop._Training._step = take  # type: ignore[method-assign]
     return [after - before for before, after in pairwise(begun)]

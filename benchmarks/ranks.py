@@ -1,11 +1,13 @@
 """Rank processes for benchmarks: one thread each, pinned to a core each unless told, that run functions when asked to."""
 
+import contextlib
 import gc
 import os
+import shutil
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Self
 
 import torch
 
-from wtn_pretrain.parallel.launch import Place, start_ranks, stop_ranks
+from wtn_pretrain.parallel.launch import Place, shared_store, start_ranks, stop_ranks, wait_for_all
 
 
 class Crew:
@@ -78,6 +80,21 @@ class Crew:
                 process.terminate()
                 process.join()
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def folder_of_all(place: Place, inside: str | None = None) -> Iterator[Path]:
+    """A temporary folder that all ranks share, as a run's folder is; every rank must enter and leave it."""
+    store = shared_store(place)
+    if place.rank == 0:
+        store.set("folder", tempfile.mkdtemp(dir=inside))
+    folder = Path(store.get("folder").decode())
+    try:
+        yield folder
+        wait_for_all(place)
+    finally:
+        if place.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(pipe: Connection, place: Place, port: int, core: int | None) -> None:

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import io
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 from common import parser, positive, run, table
-from ranks import Crew
+from ranks import Crew, folder_of_all
 from stage_one import OPTIMIZERS, RandomWords
 from torch import Tensor
 
@@ -86,9 +85,9 @@ def timed(place: Place, settings: Mapping[str, Any]) -> dict[str, Any]:
     )
     torch.manual_seed(0)
     try:
-        with tempfile.TemporaryDirectory(dir=settings["folder"]) as folder, contextlib.redirect_stderr(io.StringIO()):
-            train(config.build(), task, section, stage="wide", folder=Path(folder), seed=0, place=place)
-            records = read_metrics(Path(folder) / METRICS) if place.rank == 0 else []
+        with folder_of_all(place, settings["folder"]) as folder, contextlib.redirect_stderr(io.StringIO()):
+            train(config.build(), task, section, stage="wide", folder=folder, seed=0, place=place)
+            records = read_metrics(folder / METRICS) if place.rank == 0 else []
     finally:
         Checkpoints.save = save  # type: ignore[method-assign]
     events = [record for record in records if record["kind"] == "event" and record["name"] == "checkpoint"]

@@ -3,15 +3,14 @@
 import contextlib
 import gc
 import io
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from peaks import start_of_peak, status
+from ranks import folder_of_all
 from stage_one import TINY, RandomImages, RandomWords
 from torch import Tensor
 
@@ -87,8 +86,8 @@ def _train(place: Place, case: Case, warm: int, steps: int, repeats: int) -> tup
 
     task.loss = loss  # type: ignore[method-assign]
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        train(config.build(), task, section, stage="wide", folder=Path(folder), seed=0, place=place)
+    with folder_of_all(place) as folder, contextlib.redirect_stderr(io.StringIO()):
+        train(config.build(), task, section, stage="wide", folder=folder, seed=0, place=place)
     return times, most
 
 

@@ -2,16 +2,15 @@
 
 import contextlib
 import io
-import tempfile
 import time
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from peaks import peak, rates, start_of_peak, synchronize
+from ranks import folder_of_all
 from torch import Tensor
 
 from wtn_pretrain.data.images import ImageData, ImageSet, ImageSplits
@@ -192,9 +191,9 @@ def _run(place: Place, work: Work) -> tuple[Task, list[float], float | None]:
     laps = Laps(work, max(1, section.batch_size // (share * place.world_size)))
     laps.watch(task)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        train(config.build(), task, section, stage="wide", folder=Path(folder), seed=0, place=place)
-        records = read_metrics(Path(folder) / METRICS) if place.rank == 0 else []
+    with folder_of_all(place) as folder, contextlib.redirect_stderr(io.StringIO()):
+        train(config.build(), task, section, stage="wide", folder=folder, seed=0, place=place)
+        records = read_metrics(folder / METRICS) if place.rank == 0 else []
     return task, laps.times, next((record["loss"] for record in reversed(records) if record["kind"] == "train"), None)
 
 

@@ -16,6 +16,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.parent.name, len(LONG)))
 
 
+def _with_kernels_as_before() -> Iterator[None]:
+    from wtn_pretrain.kernels.live import active, using
+
+    with using(active()):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_of_a_module() -> Iterator[None]:
+    """Stages that a test makes choose kernels for the whole process; those that follow must not find them."""
+    yield from _with_kernels_as_before()
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_a_test(kernels_of_a_module: None) -> Iterator[None]:
+    yield from _with_kernels_as_before()
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> None:
     """This process as the only rank of a process group, which it keeps until it ends."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from wtn_pretrain.kernels.live import using
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.parallel.tensor import Ranks
 from wtn_pretrain.planning.footprint import LiveStorages
@@ -218,7 +219,7 @@ def _run(work: Work, rows: int, tensor: int, sequence: bool, checkpoint: int, on
         owner = {parameter: number for number, block in enumerate(network.blocks) for parameter in block.parameters()}
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(partial(made.arrived, block=owner.get(parameter)))
-        with _attention(on != "cpu"), made:
+        with using(None), _attention(on != "cpu"), made:
             with work.cast("cpu") if work.section.precision == "bf16" else nullcontext():
                 loss = module(batch)["loss"]
             loss.backward()
