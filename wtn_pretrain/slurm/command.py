@@ -63,7 +63,7 @@ def parser(doc: str) -> Parser:
     made.add_argument("--memory", help="of each node, such as 64G (default: all it has; of stage 2 on CPUs, as planned)")
     made.add_argument("--time", type=float, metavar="MINUTES", help="limit (default: run.time_limit and a quarter of an hour, or a day)")
     made.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="any option of sbatch, as partition=gpu; repeatable"
+        "--option", action="append", default=[], metavar="NAME[=VALUE]", help="any option of sbatch, as partition=gpu; repeatable"
     )
     made.add_argument("--dry-run", action="store_true", help="show what would be submitted, and submit nothing")
     made.add_argument("--no-follow", action="store_true", help="submit and leave")
@@ -88,7 +88,8 @@ def run(doc: str, argv: Sequence[str]) -> int:
     if options.dry_run:
         print("\n".join(_shown(script) for script in scripts))
         return 0
-    before, jobs = None, []
+    before: int | None = None
+    jobs: list[int] = []
     for script in scripts:
         _write(script)
         try:
@@ -126,8 +127,8 @@ def _script(job: Job, stage: str, options: argparse.Namespace, assignments: list
         head["array"] = f"0-{len(lines) - 1}"
     for option in options.option:
         key, equals, value = option.removeprefix("--").partition("=")
-        if not equals:
-            raise UserError(f"--option {option!r}: write NAME=VALUE, such as partition=gpu")
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", key) or (equals and not value):
+            raise UserError(f"--option {option!r}: write NAME=VALUE, such as partition=gpu, or NAME alone, such as exclusive")
         head[key] = value
     folder = recipe.place() / "slurm"
     sweep = folder / f"sweep-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}.txt"

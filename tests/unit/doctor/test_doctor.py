@@ -20,6 +20,7 @@ from wtn_pretrain.doctor.compilers import check_compilers
 from wtn_pretrain.doctor.disk import check_disk
 from wtn_pretrain.doctor.finding import Finding, merged, page
 from wtn_pretrain.doctor.network import check_links, check_peer, check_port, compare_hosts
+from wtn_pretrain.doctor.software import compare_versions, versions
 from wtn_pretrain.planning.cluster import Link
 
 ROOT = Path(__file__).parents[3]
@@ -228,6 +229,21 @@ def test_a_host_with_a_slow_link_is_named() -> None:
     assert found.verdict == "warning" and "each of 3 other hosts is slow" in found.text and "NCCL_IB_HCA" in found.remedy
     (found,) = compare_hosts("nccl", "a", {"b": slow}, ranks)
     assert found.verdict == "warning" and "nccl between a and b: 1 GB/s" in found.text
+
+
+def test_versions_below_torch(tmp_path: Path) -> None:
+    """The two forms of the line in /proc/driver/nvidia/version, of the closed module and of the open one."""
+    shown = tmp_path / "version"
+    for line in (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc version 12.3.0\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  Release Build  (root@host)\n",
+    ):
+        shown.write_text(line)
+        assert versions(shown)["driver"] == "535.104.05"
+    older, without = {**versions(shown), "driver": "470.1.2"}, versions(tmp_path / "none")
+    found = compare_versions([versions(shown), older, without], ["a", "b", "c"])
+    assert [(one.verdict, one.ranks) for one in found] == [("fault", (1,)), ("fault", (2,))]
+    assert found[0].text == "driver 470.1.2 on b, and 535.104.05 on rank 0's a"
 
 
 def test_equal_findings_stand_once() -> None:

@@ -121,7 +121,8 @@ def test_of_a_chain_that_is_refused_midway_nothing_stays(config: str, monkeypatc
         (["--stage", "wide", "--vary", "wide.stepz=1,2"], "--vary .--wide.stepz=1.: .*did you mean wide.steps"),
         (["--stage", "wide", "--vary", "wide.batch_size=16,12"], "--vary .--wide.batch_size=12.: wide.batch_size: 12 cannot be split"),
         (["--stage", "wide", "--vary", "data.paths=[a/b],[a-b]", "--vary", "run.seed=1,1"], "two runs would be called"),
-        (["--option", "exclusive"], "write NAME=VALUE"),
+        (["--option", "partition="], "write NAME=VALUE"),
+        (["--option", "-p gpu"], "write NAME=VALUE"),
         (["--nonsense"], "'--nonsense': unknown"),
         (["--nodes", "0"], "not a whole number of at least 1"),
         (["--wide.step=3"], "did you mean wide.steps"),
@@ -154,8 +155,11 @@ def test_the_shipped_scripts() -> None:
 
 def test_filling_in() -> None:
     text = "#!/bin/sh\n#SBATCH --nodes=1\n#SBATCH --gpus=8\n##SBATCH --account=ACCOUNT\ntrue\n"
-    filled = fill(text, {"nodes": "4", "gpus": None, "account": "me", "qos": "high"}, {"A": "a b"}, "why")
-    assert filled == "#!/bin/sh\n#SBATCH --nodes=4\n#SBATCH --account=me\n#SBATCH --qos=high\n# why\nexport A='a b'\ntrue\n"
+    filled = fill(text, {"nodes": "4", "gpus": None, "account": "me", "qos": "high", "exclusive": ""}, {"A": "a b"}, "why")
+    assert (
+        filled
+        == "#!/bin/sh\n#SBATCH --nodes=4\n#SBATCH --account=me\n#SBATCH --qos=high\n#SBATCH --exclusive\n# why\nexport A='a b'\ntrue\n"
+    )
     assert [minutes(value) for value in (0.2, 75, 1440, 3000.4)] == ["0-00:01:00", "0-01:15:00", "1-00:00:00", "2-02:00:00"]
 
 
