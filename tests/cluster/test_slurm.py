@@ -149,6 +149,9 @@ def test_a_preempted_job_continues_bit_for_bit(how: str, cluster: Slurm, forge: 
         folder.mkdir()
         write_recipe(folder / "recipe.yaml", recipe(BERT, {**LONG, "data.workers": 1}))
     job = sbatch(cluster, there, "wide")
+    # as the next stage of a chain waits
+    after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--job-name=next", "--output=%x-%j.out", "--wrap=true"]
+    following = cluster.submit(*after, cwd=there)
     until_step(cluster, there, job, 20)
     if how == "signal":
         cluster.succeed("scancel", "--signal=USR1", str(job), cwd=there)
@@ -168,6 +171,8 @@ def test_a_preempted_job_continues_bit_for_bit(how: str, cluster: Slurm, forge: 
     assert 20 <= step < 250 and (there / f"runs/bert/wide/checkpoints/step{step}").is_dir()
     facts = cluster.wait(job)
     assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "1", told(there, job)
+    then = cluster.wait(following)
+    assert then["JobState"] == "COMPLETED" and then["StartTime"] >= facts["EndTime"]
     forge.start("train_wide.py", here / "recipe.yaml", ranks=2).succeed(240)
     stages = [place / "runs/bert/wide" for place in (here, there)]
     assert losses(stages[0]) == losses(stages[1])

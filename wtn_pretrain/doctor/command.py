@@ -28,7 +28,7 @@ def run(doc: str, argv: Sequence[str]) -> int:
     """Looks at everything, prints the page on rank 0; the exit status: 0, or 1 where a fault was found."""
     options = _parser(doc).parse_args(argv)
     start = find_start()
-    own = _own(options, first=start.local_rank == 0)
+    own = _own(options, None if start.world_size == 1 else start.local_rank)
     hosts, facts = [host_name()], [versions()]
     if start.world_size == 1:
         own += check_port(options.port)
@@ -65,10 +65,10 @@ def _parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
-def _own(options: argparse.Namespace, first: bool) -> list[Finding]:
-    """What concerns this rank's machine; what all ranks of a host share is looked at by the `first` of them."""
-    found = [*check_versions(versions()), *check_devices(), *check_compilers(device().type), *check_kernels(device())]
-    if first:
+def _own(options: argparse.Namespace, local_rank: int | None) -> list[Finding]:
+    """What concerns this rank's machine; what all ranks of a host share is looked at by the first of them."""
+    found = [*check_versions(versions()), *check_devices(local_rank), *check_compilers(device().type), *check_kernels(device())]
+    if not local_rank:
         found += [*check_memory(), *check_shared_memory(), *check_disk(options.folder, options.need * 1e9)]
     for peer in options.peer:
         address, _, port = peer.partition(":")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.multiprocessing import spawn
 
@@ -19,6 +20,7 @@ from tests.running import environment, free_port
 from wtn_pretrain.doctor.compilers import check_compilers
 from wtn_pretrain.doctor.disk import check_disk
 from wtn_pretrain.doctor.finding import Finding, merged, page
+from wtn_pretrain.doctor.machine import _computes, check_devices
 from wtn_pretrain.doctor.network import check_links, check_peer, check_port, compare_hosts
 from wtn_pretrain.doctor.software import compare_versions, versions
 from wtn_pretrain.planning.cluster import Link
@@ -229,6 +231,13 @@ def test_a_host_with_a_slow_link_is_named() -> None:
     assert found.verdict == "warning" and "each of 3 other hosts is slow" in found.text and "NCCL_IB_HCA" in found.remedy
     (found,) = compare_hosts("nccl", "a", {"b": slow}, ranks)
     assert found.verdict == "warning" and "nccl between a and b: 1 GB/s" in found.text
+
+
+def test_a_device_that_does_not_compute() -> None:
+    """torch's meta device takes tensors and gives no numbers, as a driver does that has lost its card."""
+    assert check_devices()[0].verdict == check_devices(3)[0].verdict == "ok"
+    (found,) = _computes(torch.device("meta", 3))
+    assert found.verdict == "fault" and found.text.startswith("device 3, ") and "does not compute (" in found.text
 
 
 def test_versions_below_torch(tmp_path: Path) -> None:

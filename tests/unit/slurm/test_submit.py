@@ -104,6 +104,12 @@ def test_of_a_chain_that_is_refused_midway_nothing_stays(config: str, monkeypatc
     with pytest.raises(UserError, match="imitate: sbatch refuses: QOSMaxSubmitJobPerUserLimit; the jobs before it are cancelled again"):
         run("", [config, "--chain"])
     assert (tmp_path / "cancelled").read_text() == "71\n"
+    # the shell's chain does the same
+    (tmp_path / "cancelled").unlink()
+    done = subprocess.run(["bash", str(FOLDER / "chain.sh"), "--config", "recipe.yaml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "wide: job 71\n")
+    assert done.stderr.endswith("error: imitate was refused; the jobs before it are cancelled again\n")
+    assert (tmp_path / "cancelled").read_text() == "71\n"
 
 
 @pytest.mark.parametrize(
