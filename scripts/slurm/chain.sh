@@ -5,9 +5,13 @@
 # python tools/submit.py CONFIG --chain does this with sizes from the configuration.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
-before=
+before= jobs=()
 for stage in wide imitate finetune method; do
-  job=$(sbatch --parsable ${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes} "$here/$stage.sbatch" "$@")
+  job=$(sbatch --parsable ${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes} "$here/$stage.sbatch" "$@") || {
+    [ ${#jobs[@]} -eq 0 ] || scancel "${jobs[@]}"
+    echo "error: $stage was refused${before:+; the jobs before it are cancelled again}" >&2
+    exit 2
+  }
   echo "$stage: job $job${before:+ after $before}"
-  before=${job%%;*}
+  before=${job%%;*} jobs+=("${job%%;*}")
 done

@@ -1,7 +1,10 @@
 # What the batch scripts share; they source it. Here a site's environment, container and srun options are written once.
 set -uo pipefail
 root=${WTN_ROOT:-$SLURM_SUBMIT_DIR}
-cd "$SLURM_SUBMIT_DIR"
+cd "$SLURM_SUBMIT_DIR" || { echo "error: $SLURM_SUBMIT_DIR is not on $(hostname); submit from a folder that all nodes see" >&2; exit 2; }
+# the number of an array's last element is that of the whole array, too
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 
 # Modules:
 #   module load cuda nccl
@@ -28,21 +31,35 @@ rm -f "$WTN_MARK"
 # a signal is for the ranks: this script ends after them
 trap : TERM USR1
 
-# run_ranks SCRIPT [arguments]: one process a rank, logs/JOB-ID/NODE-RANK.log; ends the job, or requeues it if it was told to end.
+# errors: what the ranks have called one, from all starts
+errors() { grep -hs '^error: ' "$logs"/*.log | sort; }
+
+# back WHY: puts the job back into the queue and does not return, unless it was cancelled or has been there too often.
+back() {
+  # one that was cancelled was told to end, too
+  [ "$(squeue -h -j "$job" -o %T)" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${WTN_RESTARTS:-50}" ] || return 0
+  echo "$(date +%FT%T) $1: back into the queue"
+  exec scontrol requeue "$job"
+}
+
+# run_ranks SCRIPT [arguments]: one process a rank, logs/JOB-ID/NODE-RANK.log; ends the job, or requeues it if it was told to end or has lost
+# a rank. A rank that is lost within the hour time and again will not be saved by another start.
 run_ranks() {
-  local code=0
+  local code=0 lost=0 before
+  before=$(errors)
   echo "$(date +%FT%T) start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, logs in $logs"
+  SECONDS=0
   srun --kill-on-bad-exit=1 --output="$logs/%n-%t.log" --open-mode=append ${pyxis[@]+"${pyxis[@]}"} \
     ${within[@]+"${within[@]}"} python -u "$root/$1" "${@:2}" || code=$?
-  if [ $code -eq 75 ] || [ -e "$WTN_MARK" ]; then
-    # one that was cancelled was told to end, too
-    if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${WTN_RESTARTS:-50}" ]; then
-      echo "$(date +%FT%T) told to end, all saved: back into the queue"
-      exec scontrol requeue "$SLURM_JOB_ID"
-    fi
+  [ $code -eq 0 ] || comm -13 <(echo "$before") <(errors) | tail -1 >&2
+  if [ -e "$WTN_MARK" ]; then
+    back "told to end, all saved"
     code=75
+  elif [ $code -eq 75 ] || { [ $code -gt 128 ] && [ $code -ne 130 ]; }; then
+    [ $SECONDS -ge 3600 ] || lost=$(($(cat "$logs/lost" 2> /dev/null || echo 0) + 1))
+    echo $lost > "$logs/lost"
+    [ $lost -gt "${WTN_LOST:-3}" ] || back "a rank was lost or hung (exit code $code), on from the newest checkpoint"
   fi
-  [ $code -eq 0 ] || grep -h '^error: ' "$logs"/*.log | tail -1 >&2
   echo "$(date +%FT%T) ended with exit code $code"
   exit $code
 }

@@ -1,6 +1,7 @@
 """The shipped batch scripts under a real Slurm of two nodes on this machine: slurmctld, slurmd, munged and namespaces (`slurm.py`)."""
 
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -139,21 +140,29 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Slurm, tmp_path: Pat
     assert re.search(r"left after step \d+ of 3000 on SIGTERM, all saved", told(tmp_path, job)), told(tmp_path, job)
 
 
-@pytest.mark.parametrize("how", ["signal", "requeue"])
+@pytest.mark.parametrize("how", ["signal", "requeue", "urgent"])
 def test_a_preempted_job_continues_bit_for_bit(how: str, cluster: Slurm, forge: Forge, tmp_path: Path) -> None:
-    """Told by the signal that Slurm sends ahead of a limit, or taken from its nodes and put back by Slurm itself; either reaches all
-    processes, those that load data too."""
+    """Told by the signal that Slurm sends ahead of a limit, taken from its nodes and put back by an operator, or by Slurm itself since a
+    job of higher priority wants them; each reaches all processes, those that load data too."""
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
         write_recipe(folder / "recipe.yaml", recipe(BERT, {**LONG, "data.workers": 1}))
     job = sbatch(cluster, there, "wide")
+    # as the next stage of a chain waits
+    after = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--job-name=next", "--output=%x-%j.out", "--wrap=true"]
+    following = cluster.submit(*after, cwd=there)
     until_step(cluster, there, job, 20)
     if how == "signal":
         cluster.succeed("scancel", "--signal=USR1", str(job), cwd=there)
-    else:
+    elif how == "requeue":
         cluster.succeed("scontrol", "requeue", str(job), cwd=there)
+    else:
+        call = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=4", "--job-name=urgent", "--output=%x-%j.out", "--wrap=sleep 5"]
+        urgent = cluster.submit(*call, cwd=there)
     cluster.wait(job, "PENDING", "REQUEUED")
+    if how == "urgent":
+        assert cluster.wait(urgent)["JobState"] == "COMPLETED"
     by = "SIGUSR1" if how == "signal" else "SIGTERM"
     said = told(there, job)
     left = re.search(rf"left after step (\d+) of 300 on {by}, all saved", said)
@@ -162,10 +171,64 @@ def test_a_preempted_job_continues_bit_for_bit(how: str, cluster: Slurm, forge: 
     assert 20 <= step < 250 and (there / f"runs/bert/wide/checkpoints/step{step}").is_dir()
     facts = cluster.wait(job)
     assert facts["JobState"] == "COMPLETED" and facts["Restarts"] == "1", told(there, job)
+    then = cluster.wait(following)
+    assert then["JobState"] == "COMPLETED" and then["StartTime"] >= facts["EndTime"]
     forge.start("train_wide.py", here / "recipe.yaml", ranks=2).succeed(240)
     stages = [place / "runs/bert/wide" for place in (here, there)]
     assert losses(stages[0]) == losses(stages[1])
     assert equal_bits(weights(stages[0]), weights(stages[1]))
+
+
+def test_a_job_that_loses_a_rank_continues(cluster: Slurm, tmp_path: Path) -> None:
+    """A rank killed as the kernel does where memory is short; lost again, the job has had its starts and fails."""
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {**LONG, "wide.steps": 100000, "wide.checkpoint_every": 10}))
+    cluster.environment["WTN_LOST"] = "1"
+    try:
+        job = sbatch(cluster, tmp_path, "wide")
+    finally:
+        del cluster.environment["WTN_LOST"]
+    for step, then in ((15, "PENDING"), (60, "FAILED")):
+        cluster.wait(job, "RUNNING")
+        until_step(cluster, tmp_path, job, step)
+        for pid in cluster.hosts["n2"].processes("train_wide.py"):
+            subprocess.run(["kill", "-KILL", str(pid)], check=False)
+        facts = cluster.wait(job, then)
+        assert all(cluster.hosts[name].empty("train_wide.py") for name in ("n1", "n2"))
+        reached = max(steps_logged(tmp_path / "runs/bert/wide"))
+        assert reached < 100000
+    assert facts["Restarts"] == "1" and facts["ExitCode"] == "137:0", told(tmp_path, job)
+    said = (tmp_path / f"wide-{job}.out").read_text()
+    assert said.count("a rank was lost or hung (exit code 137), on from the newest checkpoint: back into the queue") == 1, said
+    # the second start went on where the first was
+    steps = steps_logged(tmp_path / "runs/bert/wide")
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_last_element_of_an_array_comes_back_alone(cluster: Slurm, tmp_path: Path) -> None:
+    """Its number is that of the whole array."""
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {**LONG, "wide.steps": 3000, "wide.checkpoint_every": 3000}))
+    lines = [f"--run.name=bert-{number} --run.seed={number}" for number in range(2)]
+    (tmp_path / "sweep.txt").write_text("\n".join(lines) + "\n")
+    cluster.environment |= {"WTN_SWEEP": str(tmp_path / "sweep.txt"), "WTN_SCRIPT": "scripts/train_wide.py"}
+    try:
+        job = sbatch(cluster, tmp_path, "sweep", options=("--array=0-1",))
+    finally:
+        del cluster.environment["WTN_SWEEP"], cluster.environment["WTN_SCRIPT"]
+    try:
+        deadline = time.monotonic() + 240
+        while any(max(steps_logged(tmp_path / f"runs/bert-{number}/wide"), default=0) < 5 for number in range(2)):
+            assert time.monotonic() < deadline, cluster.logs()
+            time.sleep(0.2)
+        last = f"{job}_1"
+        assert cluster.facts(last)["JobId"] == str(job)
+        cluster.succeed("scancel", "--signal=USR1", last, cwd=tmp_path)
+        assert cluster.wait(last, "PENDING", hurry=False)["Restarts"] == "1"
+        first = cluster.facts(f"{job}_0")
+        assert (first["JobState"], first["Restarts"]) == ("RUNNING", "0")
+    finally:
+        cluster.succeed("scancel", str(job), cwd=tmp_path)
+    for element in range(2):
+        assert cluster.wait(f"{job}_{element}")["JobState"] == "CANCELLED"
 
 
 def test_an_allocation_that_does_not_fit_the_plan(cluster: Slurm, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def run(doc: str, argv: Sequence[str]) -> int:
     """Looks at everything, prints the page on rank 0; the exit status: 0, or 1 where a fault was found."""
     options = _parser(doc).parse_args(argv)
     start = find_start()
-    own = _own(options, first=start.local_rank == 0)
+    own = _own(options, None if start.world_size == 1 else start.local_rank)
     hosts, facts = [host_name()], [versions()]
     if start.world_size == 1:
         own += check_port(options.port)
@@ -53,7 +53,7 @@ def _parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--folder", type=Path, default=Path("runs"), help="folder of runs, whose disk is tried (default runs)")
     made.add_argument("--need", type=_positive, default=1.0, metavar="GB", help="space that must be free there (default 1)")
-    made.add_argument("--port", type=int, default=29500, help="without a launcher: the port that ranks would meet at (default 29500)")
+    made.add_argument("--port", type=_port, default=29500, help="without a launcher: the port that ranks would meet at (default 29500)")
     made.add_argument(
         "--peer", action="append", default=[], metavar="HOST[:PORT]", help="an address that must answer (port 22 unless given)"
     )
@@ -65,15 +65,15 @@ def _parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
-def _own(options: argparse.Namespace, first: bool) -> list[Finding]:
-    """What concerns this rank's machine; what all ranks of a host share is looked at by the `first` of them."""
-    found = [*check_versions(versions()), *check_devices(), *check_compilers(device().type), *check_kernels(device())]
-    if first:
+def _own(options: argparse.Namespace, local_rank: int | None) -> list[Finding]:
+    """What concerns this rank's machine; what all ranks of a host share is looked at by the first of them."""
+    found = [*check_versions(versions()), *check_devices(local_rank), *check_compilers(device().type), *check_kernels(device())]
+    if not local_rank:
         found += [*check_memory(), *check_shared_memory(), *check_disk(options.folder, options.need * 1e9)]
     for peer in options.peer:
         address, _, port = peer.partition(":")
-        if port and not port.isdecimal():
-            raise UserError(f"--peer {peer}: {port!r} is no port; give HOST or HOST:PORT")
+        if port and not (port.isdecimal() and 0 < int(port) < 65536):
+            raise UserError(f"--peer {peer}: {port!r} is no port; give HOST or HOST:PORT, up to 65535")
         found += check_peer(address, int(port or 22), options.timeout)
     return found
 
@@ -102,6 +102,12 @@ def _positive(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; they go from 1 to 65535")
+    return int(text)
 
 
 def main(doc: str) -> int:

@@ -25,10 +25,10 @@ def check_disk(folder: Path, need: float = LEAST) -> list[Finding]:
         need: bytes that must be free.
     """
     place = folder.absolute()
-    while not place.exists():
-        place = place.parent
     remedy = "free space, or choose another --run.folder"
     try:
+        while not place.exists():
+            place = place.parent
         free = shutil.disk_usage(place).free
         nodes = os.statvfs(place)
         if nodes.f_files and not nodes.f_favail:

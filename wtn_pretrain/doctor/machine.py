@@ -9,26 +9,34 @@ from wtn_pretrain.device import device, hardware, peak_flops, total_memory
 from wtn_pretrain.doctor.finding import Finding
 
 
-def check_devices() -> list[Finding]:
-    """What computes here, and whether it does."""
+def check_devices(local_rank: int | None = None) -> list[Finding]:
+    """What computes here, and whether it does: the device of a rank by its number on the host, or of a process alone (None) all of them."""
     here = device()
-    try:
-        matrix = torch.ones(64, 64, device=here)
-        wrong = float((matrix @ matrix).sum()) != 64.0**3
-    except RuntimeError as error:
-        text = f"{hardware()}: does not compute ({' '.join(str(error).split())[:120]})"
-        return [
-            Finding(
-                "devices", "fault", text, "does the driver fit this build of torch? see nvidia-smi and python -m torch.utils.collect_env"
-            )
-        ]
-    if wrong:
-        return [Finding("devices", "fault", f"{hardware()}: computes wrongly", "take this device out of service")]
+    tried = [here]
+    if here.type != "cpu":
+        count = torch.accelerator.device_count()
+        tried = [torch.device(here.type, index) for index in range(count) if local_rank in (None, index)] or tried
+    faults = [fault for one in tried for fault in _computes(one)]
+    if faults:
+        return faults
     if here.type == "cpu":
         return [Finding("devices", "ok", f"no accelerator: {hardware()}, {os.cpu_count()} cores; bf16 is often slower than fp32 on a CPU")]
     peak = peak_flops("bf16")
     more = f", {peak / 1e12:.0f} TFLOP/s in bf16" if peak else ", whose peak is not known (no MFU is told)"
     return [Finding("devices", "ok", f"{torch.accelerator.device_count()} x {hardware()}, {total_memory() / 1e9:.0f} GB each{more}")]
+
+
+def _computes(one: torch.device) -> list[Finding]:
+    """Empty where it does."""
+    name = hardware() if one.type == "cpu" else f"device {one.index}, {hardware()}"
+    try:
+        matrix = torch.ones(64, 64, device=one)
+        wrong = float((matrix @ matrix).sum()) != 64.0**3
+    except RuntimeError as error:
+        text = f"{name}: does not compute ({' '.join(str(error).split())[:120]})"
+        remedy = "does the driver fit this build of torch? see nvidia-smi and python -m torch.utils.collect_env"
+        return [Finding("devices", "fault", text, remedy)]
+    return [Finding("devices", "fault", f"{name}: computes wrongly", "take this device out of service")] if wrong else []
 
 
 def check_memory(info: Path = Path("/proc/meminfo")) -> list[Finding]:

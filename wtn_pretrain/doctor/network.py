@@ -4,8 +4,9 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,14 @@ from wtn_pretrain.doctor.finding import Finding
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.parallel.launchers import Start, device_index
 from wtn_pretrain.parallel.meeting import meet
-from wtn_pretrain.planning.cluster import measure_link
+from wtn_pretrain.planning.cluster import Link, measure_link, measure_pair
 
 SKEW = 1.0
 """Seconds by which clocks may differ before logs of several nodes mislead."""
+
+SLOW = {"gloo": (5e7, 5e7), "nccl": (2e10, 5e9)}
+"""Bytes a second, within a host and between hosts, below which the fast network is probably not in use."""
+USED = "is the fast network used? see NCCL_SOCKET_IFNAME, NCCL_IB_HCA and GLOO_SOCKET_IFNAME"
 
 
 def check_port(port: int, address: str = "") -> list[Finding]:
@@ -82,22 +87,48 @@ def join(start: Start, timeout: float) -> list[Finding]:
 
 
 def check_links(hosts: list[str]) -> list[Finding]:
-    """Bandwidth and latency between ranks, of what a run would send over; every rank calls it."""
-    kind, far = backend(), len(set(hosts)) > 1
+    """Bandwidth and latency of what a run sends over: between ranks 0 and 1, and from rank 0 to every other host; every rank calls it."""
+    kind = backend()
+    first = {host: rank for rank, host in reversed(list(enumerate(hosts))) if host != hosts[0]}
     try:
         connection = measure_link()
+        away = {host: connection.link if rank == 1 else measure_pair(rank) for host, rank in sorted(first.items(), key=itemgetter(1))}
     except (dist.DistError, RuntimeError) as error:
         text = f"{kind} fails between these ranks ({' '.join(str(error).split())[:160]})"
         remedy = "run again with NCCL_DEBUG=INFO (TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo); name the interface with NCCL_SOCKET_IFNAME"
         return [Finding("links", "fault", text, remedy)]
-    link = connection.link
-    text = (
-        f"{kind} between rank 0 and 1{f', {len(set(hosts))} hosts in all' if far else ''}: {link.bandwidth / 1e9:.3g} GB/s, "
-        f"{1e6 * link.latency:.3g} us; an all-reduce over {len(hosts)} ranks reaches {connection.reduce:.0%} of it"
-    )
-    slow = link.bandwidth < (5e7 if kind == "gloo" else 5e9 if far else 2e10)
-    remedy = "is the fast network used? see NCCL_SOCKET_IFNAME, NCCL_IB_HCA and GLOO_SOCKET_IFNAME" if slow else ""
-    return [Finding("links", "warning" if slow else "ok", text, remedy)]
+    found = []
+    if hosts[1] == hosts[0]:
+        text = f"{kind} between rank 0 and 1{' of one host' if away else ''}: {_figures(connection.link)}"
+        slow = connection.link.bandwidth < SLOW[kind][0]
+        found.append(Finding("links", "warning" if slow else "ok", text, USED if slow else ""))
+    found += compare_hosts(kind, hosts[0], away, first)
+    text = f"; an all-reduce over {len(hosts)} ranks reaches {connection.reduce:.0%} of what rank 0 and 1 do"
+    found[0] = found[0]._replace(text=found[0].text + text)
+    return found
+
+
+def compare_hosts(kind: str, here: str, away: Mapping[str, Link], ranks: Mapping[str, int]) -> list[Finding]:
+    """What is said of the links from host `here` to the others, by host; `ranks`: the rank of each that has answered."""
+    if not away:
+        return []
+    usual = sorted(link.bandwidth for link in away.values())[len(away) // 2]
+    slow = [host for host, link in away.items() if link.bandwidth < max(SLOW[kind][1], usual / 4)]
+    worst = min(away, key=lambda host: away[host].bandwidth)
+    if len(slow) == len(away):
+        # no host is to blame
+        text = f"{kind} from {here} to each of {len(away)} other hosts is slow" if len(away) > 1 else f"{kind} between {here} and {worst}"
+        return [Finding("links", "warning", f"{text}: {_figures(away[worst])}", USED)]
+    text = f"{kind} from {here} to {len(away)} other host{'s' if len(away) > 1 else ''}, slowest {worst}: {_figures(away[worst])}"
+    found = [Finding("links", "ok", text)]
+    for host in slow:
+        text = f"{kind} from {here} to {host}: {_figures(away[host])}, where the middle of all is {usual / 1e9:.3g} GB/s"
+        found.append(Finding("links", "warning", text, f"look at the adapter and cable of {host}, or leave it out", (ranks[host],)))
+    return found
+
+
+def _figures(link: Link) -> str:
+    return f"{link.bandwidth / 1e9:.3g} GB/s, {1e6 * link.latency:.3g} us"
 
 
 def check_clocks(hosts: list[str], clock: Callable[[], float] = time.time, rounds: int = 10) -> list[Finding]:

@@ -1,25 +1,42 @@
 """Versions and sources, and whether all ranks have the same."""
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 
 from wtn_pretrain.doctor.finding import Finding
 from wtn_pretrain.parallel.alike import difference
 from wtn_pretrain.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "triton")
+NCCL = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
+"""The packages by which torch's wheels bring NCCL."""
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def versions() -> dict[str, str]:
-    """What this process would import, without importing it."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "none"
-    return {**found, "wtn_pretrain": __version__}
+def versions(driver: Path = DRIVER) -> dict[str, str]:
+    """What this process would import, without importing it, and the driver below it."""
+    found = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    found["nccl"] = next((version for name in NCCL if (version := _version(name)) != "none"), "none")
+    return {**found, "driver": _driver(driver), "wtn_pretrain": __version__}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _driver(file: Path) -> str:
+    """The version in the line that NVIDIA's kernel module shows: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue ...`."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return "none"
+    return found[1] if found else "unknown"
 
 
 def check_versions(own: Mapping[str, str]) -> list[Finding]:
@@ -52,6 +69,8 @@ def compare_versions(ranks: Sequence[Mapping[str, str]], hosts: Sequence[str]) -
         for value, members in others.items():
             text = f"{name} {value} on {hosts[members[0]]}, and {ranks[0][name]} on rank 0's {hosts[0]}"
             remedy = "start all ranks in one environment: the same virtual environment, container or modules on every node"
+            if name == "driver":
+                remedy = "have the driver of that node brought to the version of the others, or leave the node out"
             found.append(Finding("versions", "fault", text, remedy, tuple(members)))
     return found or [Finding("versions", "ok", f"the same on {len(ranks)} ranks")]
 

@@ -1,7 +1,8 @@
-"""What started this process, and what it says of the process's place: `deepspeed`, `torchrun`, `srun` or plain `python`.
+"""What started this process, and what it says of the process's place: `deepspeed`, `torchrun`, `srun`, `mpirun` or plain `python`.
 
 Reads the environment alone. What it finds is put into the variables that torch and DeepSpeed read: RANK, LOCAL_RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT, which win where they are set. Slurm's variables are those of srun(1), OUTPUT ENVIRONMENT VARIABLES.
+MASTER_ADDR and MASTER_PORT, which win where they are set. Slurm's variables are those of srun(1), OUTPUT ENVIRONMENT VARIABLES; those of
+mpirun are Open MPI's, or Hydra's in MPICH and Intel MPI.
 """
 
 import os
@@ -21,7 +22,7 @@ class Start(NamedTuple):
     """How a process was started, and where it stands by that."""
 
     launcher: str
-    """deepspeed, torchrun, srun, python, or hand: whoever has set RANK."""
+    """deepspeed, torchrun, srun, mpirun, python, or hand: whoever has set RANK."""
     rank: int
     local_rank: int
     world_size: int
@@ -44,6 +45,8 @@ def find_start(environ: MutableMapping[str, str] | None = None) -> Start:
     environ = os.environ if environ is None else environ
     if "RANK" in environ:
         found = _given(environ)
+    elif (names := _mpi(environ)) is not None:
+        found = _mpirun(environ, *names)
     elif started_by_srun(environ):
         found = _slurm(environ)
     elif environ.get("WORLD_SIZE", "1") not in ("", "1"):
@@ -128,8 +131,30 @@ def _given(environ: MutableMapping[str, str]) -> Start:
         raise UserError(f"MASTER_PORT: {port!r} is no port; give a number from 1 to 65535")
     signs = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
     launcher = next((name for sign, name in signs.items() if sign in environ), "hand")
-    local = environ.get("LOCAL_RANK") or environ.get("SLURM_LOCALID") or str(rank)
-    return Start(launcher, rank, int(local), world_size, address, int(port))
+    local = next((_number(environ, name) for name in ("LOCAL_RANK", "SLURM_LOCALID") if environ.get(name)), rank)
+    return Start(launcher, rank, local, world_size, address, int(port))
+
+
+MPI = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"))
+"""How Open MPI and Hydra call a rank, its number on its host, and how many there are."""
+
+
+def _mpi(environ: MutableMapping[str, str]) -> tuple[str, str, str] | None:
+    """The names of `MPI` that mpirun has set; it may itself have come by srun, which sets PMI_RANK for what it starts, too."""
+    return next((names for names in MPI if all(name in environ for name in names)), None)
+
+
+def _mpirun(environ: MutableMapping[str, str], rank: str, local_rank: str, size: str) -> Start:
+    world_size = _number(environ, size)
+    if world_size == 1:
+        return Start("mpirun", 0, 0, 1, "127.0.0.1", _free_port())
+    if not environ.get("MASTER_ADDR") or not environ.get("MASTER_PORT"):
+        raise UserError(
+            f"mpirun has started {world_size} ranks and says nothing of rank 0's host; pass MASTER_ADDR and MASTER_PORT on "
+            "(-x MASTER_ADDR=HOST -x MASTER_PORT=29500, with MPICH -genv NAME VALUE)"
+        )
+    address, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
+    return Start("mpirun", _number(environ, rank), _number(environ, local_rank), world_size, address, port)
 
 
 def _slurm(environ: MutableMapping[str, str]) -> Start:

@@ -92,27 +92,10 @@ def measure_link(size: int = 1 << 24, repeats: int = 5) -> Connection:
 
     Every rank calls it and gets the same answer; two sizes tell bandwidth from latency, the fastest of `repeats` counts.
     """
-    here = torch.device("cpu") if dist.get_backend() == "gloo" else device()
-    rank = dist.get_rank()
-
-    def there_and_back(count: int, times: int) -> float:
-        tensor = torch.zeros(count, dtype=torch.uint8, device=here)
-
-        def once() -> None:
-            if rank == 0:
-                dist.send(tensor, 1)
-                dist.recv(tensor, 1)
-            elif rank == 1:
-                dist.recv(tensor, 0)
-                dist.send(tensor, 0)
-
-        return _timed(once, times) / 2
-
-    small, large = there_and_back(1, 10 * repeats), there_and_back(size, repeats)
+    here = _here()
+    bandwidth, small = measure_pair(1, size, repeats)
     tensor = torch.zeros(size // 4, device=here)
     together = _timed(lambda: dist.all_reduce(tensor), repeats)
-    # on a machine that others use, a byte may have taken as long as many
-    bandwidth = size / max(large - small, large / 2)
     ranks = dist.get_world_size()
     share = 2 * (ranks - 1) / ranks * size / bandwidth / max(together - 2 * (ranks - 1) * small, together / 2)
     meeting = _meeting(here, 10 * repeats) - 2 * (ranks - 1) * small
@@ -120,6 +103,35 @@ def measure_link(size: int = 1 << 24, repeats: int = 5) -> Connection:
     dist.broadcast(answer, 0)
     bandwidth, small, share, meeting = answer.tolist()
     return Connection(Link(bandwidth, small), share, meeting)
+
+
+def measure_pair(other: int, size: int = 1 << 24, repeats: int = 5) -> Link:
+    """The link between rank 0 and rank `other`; every rank calls it and gets the same answer."""
+    here, rank = _here(), dist.get_rank()
+
+    def there_and_back(count: int, times: int) -> float:
+        tensor = torch.zeros(count, dtype=torch.uint8, device=here)
+
+        def once() -> None:
+            if rank == 0:
+                dist.send(tensor, other)
+                dist.recv(tensor, other)
+            elif rank == other:
+                dist.recv(tensor, 0)
+                dist.send(tensor, 0)
+
+        return _timed(once, times) / 2
+
+    small, large = there_and_back(1, 10 * repeats), there_and_back(size, repeats)
+    # on a machine that others use, a byte may have taken as long as many
+    answer = torch.tensor([size / max(large - small, large / 2), small], dtype=torch.float64, device=here)
+    dist.broadcast(answer, 0)
+    return Link(*answer.tolist())
+
+
+def _here() -> torch.device:
+    """Where messages of the running process group lie."""
+    return torch.device("cpu") if dist.get_backend() == "gloo" else device()
 
 
 def _meeting(here: torch.device, times: int) -> float:

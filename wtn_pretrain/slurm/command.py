@@ -1,8 +1,10 @@
 """The work of tools/submit.py: a run's configuration in, jobs of Slurm out."""
 
 import argparse
+import hashlib
 import itertools
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from wtn_pretrain.planning.fit import STAGES, require_fit
 from wtn_pretrain.planning.predict import predict
 from wtn_pretrain.planning.search import fed_by
 from wtn_pretrain.planning.spans import flow
-from wtn_pretrain.slurm.jobs import follow, submit
+from wtn_pretrain.slurm.jobs import cancel, follow, submit
 from wtn_pretrain.slurm.script import ENTRY, FOLDER, ROOT, SCRIPTS, SWEEP, Size, fill, minutes
 
 ASKS = {"wide": ("wide",), "imitate": ("narrow",), "finetune": ("finetune",), "method": STAGES}
@@ -39,6 +41,8 @@ class Script(NamedTuple):
     path: Path
     text: str
     arguments: list[str]
+    sweep: Path
+    """Where a sweep's lines go; named after them, since jobs in the queue still read those of an earlier sweep."""
     lines: list[str]
     """Of a sweep, the options of every element."""
 
@@ -55,11 +59,11 @@ def parser(doc: str) -> Parser:
     made.add_argument("--nodes", type=count, help="nodes (default: as many as narrow.plan needs, or 1)")
     made.add_argument("--ranks-per-node", type=count, help=f"ranks on each (default {PER_NODE}, or fewer where narrow.plan says so)")
     made.add_argument("--gpus-per-node", type=_natural, help="GPUs of each node (default: one a rank; 0: none)")
-    made.add_argument("--cpus-per-rank", type=count, default=1, help="cores of each rank, for it and its data workers (default 1)")
+    made.add_argument("--cpus-per-rank", type=count, help="cores of each rank (default: one, and one for each of data.workers)")
     made.add_argument("--memory", help="of each node, such as 64G (default: all it has; of stage 2 on CPUs, as planned)")
     made.add_argument("--time", type=float, metavar="MINUTES", help="limit (default: run.time_limit and a quarter of an hour, or a day)")
     made.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="any option of sbatch, as partition=gpu; repeatable"
+        "--option", action="append", default=[], metavar="NAME[=VALUE]", help="any option of sbatch, as partition=gpu; repeatable"
     )
     made.add_argument("--dry-run", action="store_true", help="show what would be submitted, and submit nothing")
     made.add_argument("--no-follow", action="store_true", help="submit and leave")
@@ -84,10 +88,17 @@ def run(doc: str, argv: Sequence[str]) -> int:
     if options.dry_run:
         print("\n".join(_shown(script) for script in scripts))
         return 0
-    before, jobs = None, []
+    before: int | None = None
+    jobs: list[int] = []
     for script in scripts:
         _write(script)
-        before = submit(script.path, script.arguments, after=before)
+        try:
+            before = submit(script.path, script.arguments, after=before)
+        except UserError as error:
+            if not jobs:
+                raise
+            cancel(jobs)
+            raise UserError(f"{script.stage}: {error}; the jobs before it are cancelled again") from None
         jobs.append(before)
         after = f" after {jobs[-2]}" if len(jobs) > 1 else ""
         _say(f"{script.stage}: job {before}{after}, {script.path}")
@@ -110,21 +121,24 @@ def _script(job: Job, stage: str, options: argparse.Namespace, assignments: list
     if limit:
         head["time"] = minutes(limit)
     lines = _elements(options.vary, recipe.run.name)
+    for line in lines:
+        _require_element(line, options.config, assignments, size.ranks, stage)
     if lines:
         head["array"] = f"0-{len(lines) - 1}"
     for option in options.option:
         key, equals, value = option.removeprefix("--").partition("=")
-        if not equals:
-            raise UserError(f"--option {option!r}: write NAME=VALUE, such as partition=gpu")
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", key) or (equals and not value):
+            raise UserError(f"--option {option!r}: write NAME=VALUE, such as partition=gpu, or NAME alone, such as exclusive")
         head[key] = value
     folder = recipe.place() / "slurm"
+    sweep = folder / f"sweep-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}.txt"
     variables = {"WTN_ROOT": str(ROOT)}
     if lines:
-        variables |= {"WTN_SWEEP": str((folder / "sweep.txt").absolute()), "WTN_SCRIPT": ENTRY[stage]}
+        variables |= {"WTN_SWEEP": str(sweep.absolute()), "WTN_SCRIPT": ENTRY[stage]}
     comment = f"narrow.plan {plan} on {plan.ranks} ranks" if plan is not None else ""
     text = fill((FOLDER / (SWEEP if lines else SCRIPTS[stage])).read_text(encoding="utf-8"), head, variables, comment)
     given = ["--config", options.config, *(f"--{assignment}" for assignment in assignments)]
-    return Script(stage, folder / f"{stage}.sbatch", text, given, lines)
+    return Script(stage, folder / f"{stage}.sbatch", text, given, sweep, lines)
 
 
 def _size(job: Job, stage: str, options: argparse.Namespace) -> tuple[Size, Plan | None]:
@@ -147,7 +161,7 @@ def _size(job: Job, stage: str, options: argparse.Namespace) -> tuple[Size, Plan
     memory = options.memory
     if memory is None:
         memory = _memory(job, plan, per_node) if plan is not None and not gpus else "0"
-    return Size(nodes, per_node, gpus, options.cpus_per_rank, memory), plan
+    return Size(nodes, per_node, gpus, options.cpus_per_rank or 1 + job.recipe.data.workers, memory), plan
 
 
 def _planned_ranks(job: Job) -> int | None:
@@ -170,20 +184,43 @@ def _memory(job: Job, plan: Plan, per_node: int) -> str:
 
 
 def _elements(vary: Sequence[str], name: str) -> list[str]:
-    """The options of every element of a sweep: all combinations of the values."""
+    """The options of every element of a sweep: all combinations of the values. A list in brackets is one value."""
     keys, choices = [], []
     for part in vary:
-        key, equals, values = part.removeprefix("--").partition("=")
-        if "." not in key or not equals or not all(values.split(",")):
-            raise UserError(f"--vary {part!r}: write SECTION.KEY=VALUE,VALUE, such as wide.optimizer.lr=1e-3,2e-3")
+        key, equals, text = part.removeprefix("--").partition("=")
+        values = re.split(r",(?![^\[]*\])", text)
+        # the batch script divides a line at spaces
+        if "." not in key or not equals or not all(values) or re.search(r"\s", part):
+            raise UserError(f"--vary {part!r}: write SECTION.KEY=VALUE,VALUE without spaces, such as wide.optimizer.lr=1e-3,2e-3")
         keys.append(key)
-        choices.append(values.split(","))
-    lines = []
+        choices.append(values)
+    lines: dict[str, str] = {}
     for combination in itertools.product(*choices) if keys else ():
         pairs = list(zip(keys, combination, strict=True))
-        own = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in pairs)
-        lines.append(" ".join([f"--run.name={name}-{own}", *(f"--{key}={value}" for key, value in pairs)]))
-    return lines
+        # it becomes the name of a folder
+        own = "-".join(f"{key.rpartition('.')[2]}-{_plain(value)}" for key, value in pairs)
+        if own in lines:
+            raise UserError(f"--vary: two runs would be called {name}-{own}; give values that differ in letters or digits")
+        lines[own] = " ".join([f"--run.name={name}-{own}", *(f"--{key}={value}" for key, value in pairs)])
+    return list(lines.values())
+
+
+def _plain(value: str) -> str:
+    """What may stand in a name."""
+    return re.sub(r"[^\w.+-]+", "_", value).strip("_")
+
+
+def _require_element(line: str, config: str, assignments: list[str], ranks: int, stage: str) -> None:
+    """Refuses an element of a sweep whose configuration is wrong or does not fit the ranks that all of them are given.
+
+    Raises:
+        UserError: as for a run of its own, and which element it is.
+    """
+    try:
+        job = read_job(config, [*assignments, *assignments_of(line.split())])
+        require_fit(job.recipe, job.thin, job.wide, job.pairing, job.counts, job.length, ranks, ASKS[stage])
+    except UserError as error:
+        raise UserError(f"--vary ({line.partition(' ')[2]}): {error}") from None
 
 
 def _shown(script: Script) -> str:
@@ -194,7 +231,7 @@ def _shown(script: Script) -> str:
 def _write(script: Script) -> None:
     write_text(script.path, script.text)
     if script.lines:
-        write_text(script.path.with_name("sweep.txt"), "\n".join(script.lines) + "\n")
+        write_text(script.sweep, "\n".join(script.lines) + "\n")
 
 
 def _say(line: str) -> None:

@@ -38,6 +38,12 @@ def submit(script: Path, arguments: Sequence[str], *, after: int | None = None) 
     return int(call([*command, str(script), *arguments]).split(";")[0])
 
 
+def cancel(jobs: Sequence[int]) -> None:
+    """Takes jobs out of the queue again; one that has ended meanwhile is left alone."""
+    with contextlib.suppress(UserError):
+        call(["scancel", *map(str, jobs)])
+
+
 def state(job: int) -> dict[str, str]:
     """What Slurm says of a job, of an array of each element's worst; empty where it has been forgotten."""
     try:
@@ -59,7 +65,15 @@ def follow(job: int, folder: Path, say: Callable[[str], None]) -> bool:
     """
     before, log = "", Log(say)
     while True:
-        facts = state(job)
+        try:
+            facts = state(job)
+        except UserError as error:
+            # a controller that is busy or being restarted does not end jobs
+            if (line := f"job {job}: {error}; still asking") != before:
+                say(line)
+                before = line
+            time.sleep(PAUSE)
+            continue
         if not facts:
             say(f"job {job}: forgotten by Slurm; see its logs in {folder / 'logs'}")
             return False
@@ -81,17 +95,18 @@ def follow(job: int, folder: Path, say: Callable[[str], None]) -> bool:
 
 
 class Log:
-    """A file that grows, told line by line; of a progress that is drawn over, the last state."""
+    """Files that grow, told line by line, each from where it was left; of a progress that is drawn over, the last state."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._read = say, 0
+        self._say = say
+        self._read: dict[Path, int] = {}
 
     def tell(self, path: Path) -> None:
         """Says the whole lines that have come since the last call."""
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(self._read)
+            file.seek(self._read.get(path, 0))
             whole, newline, _ = file.read().rpartition(b"\n")
-            self._read += len(whole) + len(newline)
+            self._read[path] = self._read.get(path, 0) + len(whole) + len(newline)
             for line in whole.decode(errors="replace").splitlines():
                 if line.strip():
                     self._say(f"  {line}")

@@ -46,6 +46,7 @@ def fill(text: str, options: Mapping[str, str | None], variables: Mapping[str, s
     """A batch script with `options` of sbatch in its head; those that it does not carry are added after the others.
 
     Args:
+        options: name -> value; empty where an option has none, None takes it out.
         variables: set for it, whatever of its environment a site passes on.
         comment: a line that follows the head.
     """
@@ -56,13 +57,17 @@ def fill(text: str, options: Mapping[str, str | None], variables: Mapping[str, s
             value = waiting.pop(found[1])
             if value is None:
                 continue
-            line = f"#SBATCH --{found[1]}={value}"
+            line = _line(found[1], value)
         lines.append(line)
     end = max(number for number, line in enumerate(lines) if re.match("##?SBATCH", line)) + 1
-    added = [f"#SBATCH --{name}={value}" for name, value in waiting.items() if value is not None]
+    added = [_line(name, value) for name, value in waiting.items() if value is not None]
     added += [f"# {comment}"] if comment else []
     added += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     return "\n".join([*lines[:end], *added, *lines[end:]]) + "\n"
+
+
+def _line(name: str, value: str) -> str:
+    return f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
 
 
 def minutes(value: float) -> str:

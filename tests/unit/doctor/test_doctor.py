@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,12 +12,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
 
 from tests.running import environment, free_port
 from wtn_pretrain.doctor.compilers import check_compilers
 from wtn_pretrain.doctor.disk import check_disk
 from wtn_pretrain.doctor.finding import Finding, merged, page
-from wtn_pretrain.doctor.network import check_peer, check_port
+from wtn_pretrain.doctor.machine import _computes, check_devices
+from wtn_pretrain.doctor.network import check_links, check_peer, check_port, compare_hosts
+from wtn_pretrain.doctor.software import compare_versions, versions
+from wtn_pretrain.planning.cluster import Link
 
 ROOT = Path(__file__).parents[3]
 
@@ -107,6 +114,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (first,) = check_disk(tmp_path / "runs")
     assert first.verdict == "fault"
     assert "cannot be written" in first.text
+    # what cannot even be looked for
+    (first,) = check_disk(tmp_path / ("long" * 100))
+    assert first.verdict == "fault" and "cannot be written (File name too long)" in first.text
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
@@ -119,6 +129,9 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         # another launch would meet there
         assert check_peer("127.0.0.1", port, 5)[0].verdict == "ok"
     assert check_port(free_port())[0].verdict == "ok"
+    for arguments in (["--port", "99999"], ["--peer", "127.0.0.1:99999"]):
+        done = doctor(tmp_path, *arguments)
+        assert done.returncode == 2 and "'99999' is no port" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -185,6 +198,61 @@ def test_ranks_with_other_versions_and_other_code(tmp_path: Path) -> None:
     checks = {one["check"]: one for one in told["findings"]}
     assert "GB/s" in checks["links"]["text"]
     assert checks["clocks"]["verdict"] == "ok"
+
+
+def _links(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
+    found = check_links(["a", "a", "b", "b"])
+    Path(folder, str(rank)).write_text("\n".join(finding.text for finding in found))
+    dist.destroy_process_group()
+
+
+def test_links_within_a_host_and_between_hosts(tmp_path: Path) -> None:
+    """Ranks 0 and 1 are often on one host, whose links say nothing of the network."""
+    spawn(_links, args=(str(tmp_path),), nprocs=4)
+    inside, between = (tmp_path / "0").read_text().splitlines()
+    assert re.match(r"gloo between rank 0 and 1 of one host: \S+ GB/s, \S+ us; an all-reduce over 4 ranks reaches \d+% of what", inside)
+    assert re.match(r"gloo (from a to 1 other host, slowest b|between a and b): \S+ GB/s, \S+ us$", between)
+    # the figures are rank 0's for all
+    assert all((tmp_path / str(rank)).read_text() == f"{inside}\n{between}" for rank in range(4))
+
+
+def test_a_host_with_a_slow_link_is_named() -> None:
+    fast, slow = Link(40e9, 1e-5), Link(1e9, 5e-5)
+    ranks = {"b": 8, "c": 16, "d": 24}
+    (found,) = compare_hosts("nccl", "a", dict.fromkeys(ranks, fast), ranks)
+    assert found.verdict == "ok" and "from a to 3 other hosts, slowest b: 40 GB/s, 10 us" in found.text
+    first, second = compare_hosts("nccl", "a", {"b": fast, "c": slow, "d": fast}, ranks)
+    assert first.verdict == "ok"
+    assert (second.verdict, second.ranks) == ("warning", (16,))
+    assert "from a to c: 1 GB/s, 50 us, where the middle of all is 40 GB/s" in second.text
+    # where all are slow, the network is, and not a host
+    (found,) = compare_hosts("nccl", "a", dict.fromkeys(ranks, slow), ranks)
+    assert found.verdict == "warning" and "each of 3 other hosts is slow" in found.text and "NCCL_IB_HCA" in found.remedy
+    (found,) = compare_hosts("nccl", "a", {"b": slow}, ranks)
+    assert found.verdict == "warning" and "nccl between a and b: 1 GB/s" in found.text
+
+
+def test_a_device_that_does_not_compute() -> None:
+    """torch's meta device takes tensors and gives no numbers, as a driver does that has lost its card."""
+    assert check_devices()[0].verdict == check_devices(3)[0].verdict == "ok"
+    (found,) = _computes(torch.device("meta", 3))
+    assert found.verdict == "fault" and found.text.startswith("device 3, ") and "does not compute (" in found.text
+
+
+def test_versions_below_torch(tmp_path: Path) -> None:
+    """The two forms of the line in /proc/driver/nvidia/version, of the closed module and of the open one."""
+    shown = tmp_path / "version"
+    for line in (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc version 12.3.0\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.104.05  Release Build  (root@host)\n",
+    ):
+        shown.write_text(line)
+        assert versions(shown)["driver"] == "535.104.05"
+    older, without = {**versions(shown), "driver": "470.1.2"}, versions(tmp_path / "none")
+    found = compare_versions([versions(shown), older, without], ["a", "b", "c"])
+    assert [(one.verdict, one.ranks) for one in found] == [("fault", (1,)), ("fault", (2,))]
+    assert found[0].text == "driver 470.1.2 on b, and 535.104.05 on rank 0's a"
 
 
 def test_equal_findings_stand_once() -> None:

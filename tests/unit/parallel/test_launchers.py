@@ -46,10 +46,22 @@ def test_a_given_place_wins() -> None:
     assert find_start({**SRUN, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "444"}).master == "10.0.0.7:444"
 
 
+def test_mpirun() -> None:
+    """Without it, every rank would train the whole run by itself; within Slurm mpirun starts its daemons by srun, one a node."""
+    ours = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+    hydra = {"PMI_RANK": "3", "MPI_LOCALRANKID": "1", "PMI_SIZE": "4"}
+    met = {"MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+    for environ in (ours, hydra, {**SRUN, **ours}, {**SRUN, **hydra}):
+        assert find_start({**environ, **met}) == Start("mpirun", 3, 1, 4, "a", 29500)
+    assert find_start({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "8"}).launcher == "srun"
+    assert find_start({**ours, **TORCHRUN}).launcher == "torchrun"
+
+
 @pytest.mark.parametrize(
     "environ",
     [
         {},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
         {"WORLD_SIZE": "1"},
         # a batch script: no step
         {name: value for name, value in SRUN.items() if "STEP" not in name},
@@ -75,6 +87,11 @@ def test_a_process_alone(environ: dict[str, str]) -> None:
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set and MASTER_ADDR is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "RANK is set and MASTER_PORT is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "'x' is no port"),
+        ({**TORCHRUN, "LOCAL_RANK": "first"}, "LOCAL_RANK: 'first' is not a number"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "a"},
+            "mpirun has started 2 ranks and says nothing of rank 0's host; pass MASTER_ADDR",
+        ),
         (
             {**SRUN, "SLURM_STEP_NODELIST": "nobody.invalid,b"},
             "nobody.invalid, the first host of SLURM_STEP_NODELIST, is unknown on nobody2",

@@ -183,6 +183,7 @@ def test_512_devices_and_what_does_not_fit() -> None:
         (("--ranks", "8", "--device", "v100"), r"--device V100: has no units for bf16"),
         (("--within", "soon"), r"--within: 'soon' is no time such as 24h"),
         ((), r"argument --ranks: how many devices\? or --within 24h"),
+        (("--ranks", "7"), r"wide.batch_size: 4096 cannot be split into equal micro-batches over 7 data ranks; 4 ranks would fit"),
         (("--ranks", "8", "--use", "2"), r"--use 2: is a share of the peak"),
         (("--ranks", "8", "--wide.teacher=/nowhere"), r"/nowhere"),
     ],

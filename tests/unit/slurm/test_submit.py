@@ -75,6 +75,41 @@ def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytes
     elements = re.findall(r"^# element \d: (.*)$", text, re.MULTILINE)
     assert len(elements) == 6 and elements[1] == "--run.name=bert-lr-1e-3-seed-1 --wide.optimizer.lr=1e-3 --run.seed=1"
     assert "export WTN_SCRIPT=scripts/train_wide.py\n" in text
+    # the queue may still hold an earlier sweep of the same run, which reads its own lines
+    other = shown(capsys, config, "--stage", "wide", "--vary", "wide.optimizer.lr=3e-3,4e-3")
+    files = [re.search(r"^export WTN_SWEEP=(.*)$", one, re.MULTILINE) for one in (text, other)]
+    assert files[0] is not None and files[1] is not None and files[0][1] != files[1][1]
+    # names of folders, and a list that is one value
+    text = shown(capsys, config, "--stage", "wide", "--vary", "wide.deepspeed=ds_configs/zero1.json,ds_configs/zero2.json")
+    assert "# element 0: --run.name=bert-deepspeed-ds_configs_zero1.json --wide.deepspeed=ds_configs/zero1.json\n" in text
+    text = shown(capsys, config, "--stage", "wide", "--vary", "wide.optimizer.betas=[0.9,0.99],[0.8,0.9]")
+    assert head(text)["array"] == "0-1" and "--run.name=bert-betas-0.9_0.99 --wide.optimizer.betas=[0.9,0.99]\n" in text
+
+
+def test_data_workers_have_cores(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, config, "--stage", "wide", "--data.workers=3")
+    assert head(text)["cpus-per-task"] == "4"
+    assert head(shown(capsys, config, "--stage", "wide", "--data.workers=3", "--cpus-per-rank", "2"))["cpus-per-task"] == "2"
+
+
+def test_of_a_chain_that_is_refused_midway_nothing_stays(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A site's limit may refuse the second job alone: an sbatch that does so, and a scancel that writes down what it was given."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    refuses = '#!/bin/sh\ncase "$*" in *imitate*) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1;; esac\necho 71\n'
+    for name, text in (("sbatch", refuses), ("scancel", f'#!/bin/sh\necho "$@" > {tmp_path}/cancelled\n')):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    with pytest.raises(UserError, match="imitate: sbatch refuses: QOSMaxSubmitJobPerUserLimit; the jobs before it are cancelled again"):
+        run("", [config, "--chain"])
+    assert (tmp_path / "cancelled").read_text() == "71\n"
+    # the shell's chain does the same
+    (tmp_path / "cancelled").unlink()
+    done = subprocess.run(["bash", str(FOLDER / "chain.sh"), "--config", "recipe.yaml"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "wide: job 71\n")
+    assert done.stderr.endswith("error: imitate was refused; the jobs before it are cancelled again\n")
+    assert (tmp_path / "cancelled").read_text() == "71\n"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +123,12 @@ def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytes
         (["--stage", "imitate", "--ranks-per-node", "4096"], "use fewer ranks"),
         (["--chain", "--vary", "run.seed=0,1"], "--chain, --vary"),
         (["--vary", "seed=1"], "write SECTION.KEY=VALUE,VALUE"),
-        (["--option", "exclusive"], "write NAME=VALUE"),
+        (["--vary", "run.seed=0, 1"], "without spaces"),
+        (["--stage", "wide", "--vary", "wide.stepz=1,2"], "--vary .--wide.stepz=1.: .*did you mean wide.steps"),
+        (["--stage", "wide", "--vary", "wide.batch_size=16,12"], "--vary .--wide.batch_size=12.: wide.batch_size: 12 cannot be split"),
+        (["--stage", "wide", "--vary", "data.paths=[a/b],[a-b]", "--vary", "run.seed=1,1"], "two runs would be called"),
+        (["--option", "partition="], "write NAME=VALUE"),
+        (["--option", "-p gpu"], "write NAME=VALUE"),
         (["--nonsense"], "'--nonsense': unknown"),
         (["--nodes", "0"], "not a whole number of at least 1"),
         (["--wide.step=3"], "did you mean wide.steps"),
@@ -121,8 +161,11 @@ def test_the_shipped_scripts() -> None:
 
 def test_filling_in() -> None:
     text = "#!/bin/sh\n#SBATCH --nodes=1\n#SBATCH --gpus=8\n##SBATCH --account=ACCOUNT\ntrue\n"
-    filled = fill(text, {"nodes": "4", "gpus": None, "account": "me", "qos": "high"}, {"A": "a b"}, "why")
-    assert filled == "#!/bin/sh\n#SBATCH --nodes=4\n#SBATCH --account=me\n#SBATCH --qos=high\n# why\nexport A='a b'\ntrue\n"
+    filled = fill(text, {"nodes": "4", "gpus": None, "account": "me", "qos": "high", "exclusive": ""}, {"A": "a b"}, "why")
+    assert (
+        filled
+        == "#!/bin/sh\n#SBATCH --nodes=4\n#SBATCH --account=me\n#SBATCH --qos=high\n#SBATCH --exclusive\n# why\nexport A='a b'\ntrue\n"
+    )
     assert [minutes(value) for value in (0.2, 75, 1440, 3000.4)] == ["0-00:01:00", "0-01:15:00", "1-00:00:00", "2-02:00:00"]
 
 
@@ -135,7 +178,10 @@ def test_a_log_is_told_once(tmp_path: Path) -> None:
     path.write_text("one\ntwo\nthree\n")
     log.tell(path)
     log.tell(path)
-    assert said == ["  one", "  two", "  three"]
+    # another element's, of which nothing has been told yet
+    (tmp_path / "other").write_text("1\n2\n")
+    log.tell(tmp_path / "other")
+    assert said == ["  one", "  two", "  three", "  1", "  2"]
 
 
 def test_the_mark_of_a_run_that_was_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.parallel.launch import start_ranks
 from wtn_pretrain.planning.cluster import Cluster, Link, usual
 from wtn_pretrain.planning.command import read_shapes
+from wtn_pretrain.planning.fit import require_divisible
 from wtn_pretrain.planning.profile import RUNTIME, resident
 from wtn_pretrain.planning.show import seconds
 from wtn_pretrain.planning.training.devices import ACCELERATORS, ROOM, USE, Rates, accelerator, cluster, rates
@@ -157,6 +158,9 @@ def _fixed(
 ) -> list[str]:
     """The recipe's own layout and, without --profile, the others on as many ranks."""
     steps, limit, price = work.section.steps, machines.memory, options.price
+    if not options.profile and next(choices(work, options.ranks, machines.per_node, options.offload), None) is None:
+        # whatever the recipe says of layers and micro-batches
+        require_divisible(stage, work.section.model_copy(update={"tensor_parallel": 1, "micro_batch_size": 0}), options.ranks)
     try:
         own = answer(work, layout_of(work.section, stage, options.ranks), timed, machines, on)
         parts = [f"as the recipe has it: {describe(own, steps, limit, price)}"]
