@@ -5,10 +5,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from wtn_pretrain.arguments import Parser
 from wtn_pretrain.data.hashing import hash_keys
 from wtn_pretrain.data.show import as_bytes, as_html, as_terminal, contact_sheet, tokens_of
 from wtn_pretrain.data.stream import Batch
@@ -21,14 +21,9 @@ from wtn_pretrain.tasks.classify import ClassifyTask
 from wtn_pretrain.tasks.mlm import MlmTask
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def run(doc: str, arguments: Sequence[str]) -> str:
     """Shows a batch and writes what is asked for; what is printed."""
-    parser = _Parser(
+    parser = Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Any --section.key=value goes, as in training."
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from wtn_pretrain.arguments import amount
 from wtn_pretrain.device import device
 from wtn_pretrain.doctor.compilers import check_compilers
 from wtn_pretrain.doctor.disk import check_disk, check_shared_memory
@@ -52,12 +53,12 @@ def run(doc: str, argv: Sequence[str]) -> int:
 def _parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--folder", type=Path, default=Path("runs"), help="folder of runs, whose disk is tried (default runs)")
-    made.add_argument("--need", type=_positive, default=1.0, metavar="GB", help="space that must be free there (default 1)")
+    made.add_argument("--need", type=amount, default=1.0, metavar="GB", help="space that must be free there (default 1)")
     made.add_argument("--port", type=_port, default=29500, help="without a launcher: the port that ranks would meet at (default 29500)")
     made.add_argument(
         "--peer", action="append", default=[], metavar="HOST[:PORT]", help="an address that must answer (port 22 unless given)"
     )
-    made.add_argument("--timeout", type=_positive, default=60.0, metavar="SECONDS", help="how long others are waited for (default 60)")
+    made.add_argument("--timeout", type=amount, default=60.0, metavar="SECONDS", help="how long others are waited for (default 60)")
     made.add_argument("--ignore", action="append", default=[], choices=CHECKS, help="faults of a check are warnings")
     # deepspeed passes it on; the environment says the same
     made.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -92,16 +93,6 @@ def _tell(
     where = f"{len(hosts)} ranks on {', '.join(dict.fromkeys(hosts))}" if len(hosts) > 1 else f"one process on {hosts[0]}"
     print(page(findings, where if alone is None else f"{hosts[0]}, rank {alone} by itself"), flush=True)
     return code
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def _port(text: str) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from wtn_pretrain.arguments import Parser
 from wtn_pretrain.device import hardware
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.exchange.command import Parser, commit
+from wtn_pretrain.exchange.command import commit
 from wtn_pretrain.exchange.latency import ARMS, has_compiler, least, measure, pairs, plot
 from wtn_pretrain.files import write_text
 

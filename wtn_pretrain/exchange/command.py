@@ -4,8 +4,9 @@ import argparse
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from wtn_pretrain.arguments import Parser
 from wtn_pretrain.config import Section, dump_yaml
 from wtn_pretrain.config import describe as describe_keys
 from wtn_pretrain.errors import UserError
@@ -31,13 +32,6 @@ class _Keys(Section):
     """The recipe's keys that say how exports are written, under their full names."""
 
     export: ExportSection = ExportSection()
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are the project's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def parser(doc: str) -> Parser:

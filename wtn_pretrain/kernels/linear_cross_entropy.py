@@ -5,6 +5,8 @@ there, and only scaled in the backward pass (as Liger Kernel does; Hsu et al. 20
 """
 # mypy: disable-error-code="no-untyped-def"
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,8 +43,8 @@ def linear_cross_entropy(
         return by_liger(hidden, weight, bias, targets, ignore, label_smoothing), kept.sum()
     if torch.compiler.is_compiling():
         return reference(hidden, weight, bias, targets, ignore, label_smoothing)
-    arguments = (label_smoothing, torch.is_grad_enabled(), implementation == "triton")
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, kept, *arguments), kept.sum()
+    step = partial(_rows_by_triton if implementation == "triton" else _rows_by_torch, smoothing=label_smoothing)
+    return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, kept, torch.is_grad_enabled(), step), kept.sum()
 
 
 def reference(
@@ -114,7 +116,7 @@ def _rows(logits, targets, kept, losses, columns, smoothing, GRADIENT: tl.conste
             tl.store(logits + start + at, tl.where(counts, gradient, 0.0), mask=at < columns)
 
 
-def _rows_by_triton(logits: Tensor, targets: Tensor, kept: Tensor, smoothing: float, gradient: bool) -> tuple[Tensor, Tensor]:
+def _rows_by_triton(logits: Tensor, targets: Tensor, kept: Tensor, gradient: bool, smoothing: float) -> tuple[Tensor, Tensor]:
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     block = min(_BLOCK, power_of_two(logits.shape[1]))
     _rows[(len(logits),)](
@@ -124,7 +126,7 @@ def _rows_by_triton(logits: Tensor, targets: Tensor, kept: Tensor, smoothing: fl
     return losses.sum(), logits
 
 
-def _rows_by_torch(logits: Tensor, targets: Tensor, kept: Tensor, smoothing: float, gradient: bool) -> tuple[Tensor, Tensor]:
+def _rows_by_torch(logits: Tensor, targets: Tensor, kept: Tensor, gradient: bool, smoothing: float) -> tuple[Tensor, Tensor]:
     dtype = logits.dtype
     # in place from here on: one buffer of the chunk, in fp32
     logits = logits.to(accumulator_dtype(dtype))
@@ -144,7 +146,14 @@ def _rows_by_torch(logits: Tensor, targets: Tensor, kept: Tensor, smoothing: flo
     return loss, logits.to(dtype)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+RowsStep = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+"""Of logits [rows, V], targets [rows], which of them count [rows] and whether a gradient is needed: the sum of the losses, and the
+gradient of the logits where it is, in place or not."""
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The sum of losses of hidden @ weight.T + bias, by a `RowsStep` for a chunk of rows at a time, gradients included."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -153,9 +162,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         kept: Tensor,
-        smoothing: float,
         learns: bool,
-        triton: bool,
+        step: RowsStep,
     ) -> Tensor:
         dtype = product_dtype(hidden)
         to_hidden, to_weight, to_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
@@ -173,10 +181,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 own = hidden[part].to(dtype)
-                step = _rows_by_triton if triton else _rows_by_torch
-                own_loss, of_logits = step(
-                    F.linear(own, weight, shift), targets[part], kept[part], smoothing, to_hidden or to_weight or to_bias
-                )
+                own_loss, of_logits = step(F.linear(own, weight, shift), targets[part], kept[part], to_hidden or to_weight or to_bias)
                 loss += own_loss
                 if of_hidden is not None:
                     torch.mm(of_logits, weight, out=of_hidden[part])
@@ -198,4 +203,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (gradient * grad).to(dtype) if gradient is not None else None
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*made, None, None, None, None, None)
+        return (*made, None, None, None, None)

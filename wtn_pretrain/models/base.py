@@ -173,11 +173,6 @@ def whole(value: float, what: str, key: str) -> int:
     return round(value)
 
 
-def channels_last(module: nn.Module) -> None:
-    """Weights of convolutions in the layout of what flows through them, else each call copies them into it; in place."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 def parameter_count(network: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in network.parameters())

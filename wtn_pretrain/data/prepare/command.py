@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from wtn_pretrain.arguments import count
 from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.prepare.corpus import PARTS, Preparation, prepare_corpus
 from wtn_pretrain.data.prepare.sources import Reading, find_sources
@@ -69,8 +70,8 @@ def train_tokenizer_command(arguments: Sequence[str]) -> str:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument("--algorithm", choices=("wordpiece", "bpe", "unigram"), help="default wordpiece")
-    parser.add_argument("--vocab-size", type=_count, metavar="N", help="entries; rounded up to --multiple (default 30522)")
-    parser.add_argument("--multiple", type=_count, default=64, metavar="N", help="pad the vocabulary to a multiple of N (default 64)")
+    parser.add_argument("--vocab-size", type=count, metavar="N", help="entries; rounded up to --multiple (default 30522)")
+    parser.add_argument("--multiple", type=count, default=64, metavar="N", help="pad the vocabulary to a multiple of N (default 64)")
     parser.add_argument("--cased", action="store_true", help="keep case and accents")
     parser.add_argument(
         "--limit-mb",
@@ -237,15 +238,9 @@ def _free(out: Path) -> None:
 
 def _skipped(state: dict[str, Any]) -> list[str]:
     lines = []
-    for kind, count in state["counts"].items():
-        lines.append(f"  skipped: {kind}, {count} times, such as {state['examples'][kind][0]}")
+    for kind, times in state["counts"].items():
+        lines.append(f"  skipped: {kind}, {times} times, such as {state['examples'][kind][0]}")
     return lines
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _number(text: str) -> float:
