@@ -1,6 +1,7 @@
-"""Stage 1 in which something goes wrong that is planted: planted.py [--plant JSON] --config FILE ...
+"""A stage in which something goes wrong that is planted: planted.py [--plant JSON] --config FILE ...
 
 JSON is an object; batches and steps count from 0:
+  stage: wide (if nothing is said) or narrow, of which only samples can be planted;
   samples: indices of images whose pixels are no numbers;
   gradients: [step, rank] pairs at which the gradient of one parameter is no number on that rank alone;
   spikes: batches (numbers in the data order) whose loss is 100 larger;
@@ -26,7 +27,10 @@ from wtn_pretrain.training import loop
 class Plants:
     """What is planted, and where the run stands."""
 
-    def __init__(self, samples: Any = (), gradients: Any = (), spikes: Any = (), left_out: Any = (), jumps: Any = ()) -> None:
+    def __init__(
+        self, stage: str = "wide", samples: Any = (), gradients: Any = (), spikes: Any = (), left_out: Any = (), jumps: Any = ()
+    ) -> None:
+        self.stage = stage
         self.samples, self.spikes, self.left_out, self.jumps = set(samples), set(spikes), set(left_out), list(jumps)
         self.gradients = {tuple(pair) for pair in gradients}
         self.rank = int(os.environ["RANK"])
@@ -74,5 +78,10 @@ if __name__ == "__main__":
     planted = {}
     if arguments[0] == "--plant":
         planted, arguments = json.loads(arguments[1]), arguments[2:]
-    Plants(**planted).plant()
-    main(lambda stages: stages.wide(), __doc__, arguments)
+    plants = Plants(**planted)
+    plants.plant()
+    main(
+        lambda stages: stages.wide() if plants.stage == "wide" else [stages.narrow(seed) for seed in stages.recipe.compare.seeds],
+        __doc__,
+        arguments,
+    )

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.imitating import SGD, Imitations, apart
 from tests.running import BERT, RESNET, Forge, Started, equal_bits, reached, recipe, records, weights, write_recipe
+from wtn_pretrain.config import validate
 from wtn_pretrain.data.stream import BatchStream
+from wtn_pretrain.imitation.plan import parse
 from wtn_pretrain.recipe import Recipe
 from wtn_pretrain.stages import open_task
 
@@ -30,8 +33,6 @@ def stage_of(config: Path, name: str) -> Path:
 
 def batch_of(tree: dict[str, Any], step: int, cache: Path) -> tuple[list[int], list[int]]:
     """The samples of a step (from 0), and their seeds."""
-    from wtn_pretrain.config import validate
-
     made = validate(Recipe, tree)
     stream = BatchStream(open_task(made, cache).train, made.wide.batch_size, seed=made.run.seed)
     indices, seeds = stream.sample_ids(step)
@@ -152,3 +153,44 @@ def test_a_spike_with_nothing_to_go_back_to_is_recorded(forge: Forge, tmp_path: 
     events = records(stage_of(config, "resnet"), "event")
     assert [event["step"] for event in events if event["name"] == "spike"] == [34]
     assert not any(event["name"] == "rollback" for event in events)
+
+
+IMITATIONS: dict[str, dict[str, Any]] = {
+    # a plan, and what may not change where the units of one process go one by one
+    "spans": {"narrow.plan": "0-1,2-3"},
+    "replicas of the upper span": {"narrow.plan": "0-1,2-3x2"},
+    "replicas, ZeRO 1, micro-batches": {"narrow.plan": "0-3x2", "narrow.deepspeed": "ds_configs/zero1.json", "narrow.micro_batch_size": 16},
+    "units that come and go": {"narrow.offload": "disk", "narrow.offload_batches": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def imitations(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Imitations:
+    return Imitations(forge, tmp_path_factory.mktemp("imitations"))
+
+
+@pytest.mark.parametrize("name", IMITATIONS)
+def test_imitation_leaves_out_what_one_process_does(name: str, imitations: Imitations, tmp_path: Path) -> None:
+    """An image that is no number is in the rows of one replica; all of its units leave the step out, and nobody waits for another."""
+    changes = {**SGD, "narrow.init": "random", "narrow.log_every": 1, "narrow.trace": False}
+    changes |= {key: value for key, value in IMITATIONS[name].items() if key == "narrow.micro_batch_size"}
+    tree = recipe(RESNET, {"narrow.steps": 30, **changes})
+    made = validate(Recipe, tree)
+    stream = BatchStream(open_task(made, tmp_path / "cache").train, made.narrow.batch_size, seed=made.compare.seeds[0])
+    sample = int(stream.sample_ids(12)[0][9])
+    found = []
+    for more in ({}, IMITATIONS[name]):
+        config = imitations.config(RESNET, {**changes, **more})
+        ranks = parse(more["narrow.plan"]).ranks if "narrow.plan" in more else 1
+        arguments = ["--plant", json.dumps({"stage": "narrow", "samples": [sample]}), "--config", str(config)]
+        imitations.forge.program(PROGRAM, *arguments, cwd=config.parent, ranks=ranks).succeed()
+        found.append(imitations.left(config))
+    alone, together = found
+    taken = [[(event["step"], event["units"]) for event in records(left.folder, "event") if event["name"] == "skipped"] for left in found]
+    assert (13, [1, 2, 3]) in taken[0] and taken[0] == taken[1]
+    assert [record.get("skipped") for record in alone.records] == [record.get("skipped") for record in together.records]
+    assert alone.records[-1]["skipped"] == 3 * len(taken[0])
+    assert [record["step"] for record in together.records if record["loss"] is None] == [step for step, _ in taken[1]]
+    # rounding of sums over replicas, amplified by 30 steps, as in the tests of pipelines
+    tolerance = 5e-4 if "x2" in str(IMITATIONS[name]) else 0.0
+    assert apart(alone.weights, together.weights)[0] <= tolerance

@@ -86,6 +86,8 @@ class ImitateSection(Section):
     """After every so many steps there is a checkpoint that stays for good; 0: none."""
     log_every: int = Field(20, ge=1)
     """Steps between log records."""
+    max_skipped: int = Field(3, ge=0)
+    """Steps in a row that a unit may leave out as its loss or gradient is not finite; one more ends the run. 0: the first one does."""
 
     @model_validator(mode="after")
     def _combination(self) -> Self:

@@ -20,10 +20,10 @@ from wtn_pretrain.imitation.checkpoint.checkpoints import Checkpoints
 from wtn_pretrain.imitation.checkpoint.manifest import Position
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.imitator import Entry, Imitator
-from wtn_pretrain.imitation.learner import zero_stage
+from wtn_pretrain.imitation.learner import DivergedError, zero_stage
 from wtn_pretrain.imitation.passage import arriving, sender
 from wtn_pretrain.imitation.plan import single
-from wtn_pretrain.imitation.progress import Progress
+from wtn_pretrain.imitation.progress import Progress, Told
 from wtn_pretrain.imitation.schedules import Phase
 from wtn_pretrain.imitation.store import ActivationStore
 from wtn_pretrain.imitation.taught import Taught, TaughtUnit
@@ -102,8 +102,6 @@ class Run:
         )
         self._whole = 0
         """The step after which all units stand at one step again."""
-        self._odd: list[Tensor] = []
-        """Of the steps since losses were last looked at: for each unit whether its loss is not finite."""
         self._departure = Departure(notice, self.wiring.place) if notice else None
         self.first_phase, self.first_step = 0, 0
         position = self.checkpoints.newest()
@@ -122,6 +120,7 @@ class Run:
             Preempted: the notice came; all ranks have saved the same step.
         """
         outbox = Outbox(self.wiring.above, self.imitator.section.in_flight, self._observer.lane) if self.wiring.above else None
+        left_out: list[tuple[int, list[int]]] = []
         for number in range(self.first_phase, len(self.phases)):
             phase = self.phases[number]
             before = sum(earlier.steps for earlier in self.phases[:number])
@@ -142,24 +141,24 @@ class Run:
                 self._drop_stores(phase)
             run = self._cached(phase, before, start) if phase.cached else self._streamed(phase, before, start, outbox)
             began = time.monotonic()
-            self._odd.clear()
             sums: list[Tensor] = []
-            for micro, (losses, rate) in enumerate(run):
+            for micro, (losses, rate) in enumerate(self._while_finite(run, phase, before)):
                 step, k = start + micro // self.stream.accumulation, micro % self.stream.accumulation
                 sums = losses if k == 0 else [total + loss for total, loss in zip(sums, losses, strict=True)]
                 if k < self.stream.accumulation - 1:
                     continue
                 self.imitator.work.seconds += time.monotonic() - began
-                if sums:
-                    # looked at when the losses are, so that the device is not waited for
-                    self._odd.append(~torch.isfinite(torch.stack(sums)))
                 done = step + 1
                 leaving = before + done == self._whole < self.total and self._departure is not None and self._departure.due(self._whole)
                 saving = self.rhythm.due(before + done)
                 reported = self.progress.logs(before + done)
-                looked = reported or saving or leaving or done == phase.steps
-                values = self._losses(phase, before + done, sums) if looked else {}
-                self.progress.done(before + done, {"phase": phase.name, "lr": rate}, values if reported else None, now=leaving)
+                left_out += [(before + number + 1, units) for number, units in self.imitator.left_out]
+                self.imitator.left_out.clear()
+                told = None
+                if reported:
+                    told = Told(self._losses(phase, sums), self.imitator.work.skipped, left_out)
+                    left_out = []
+                self.progress.done(before + done, {"phase": phase.name, "lr": rate}, told, now=leaving)
                 self._say_saved()
                 # all ranks save the same steps: one that others have passed already is none of them
                 leaving = leaving and self._together(before + done)
@@ -380,46 +379,51 @@ class Run:
         here = device()
         return Carry(carry.hidden.to(here), tuple(tensor.to(here) for tensor in carry.context))
 
-    def _losses(self, phase: Phase, step: int, sums: list[Tensor]) -> dict[int, float]:
-        """The loss of every unit of this span over all replicas, or a refusal that names the unit and step whose is not finite."""
+    def _losses(self, phase: Phase, sums: list[Tensor]) -> dict[int, float]:
+        """The loss of every unit of this span over all replicas."""
         mine = [unit.index for unit in self.imitator.units if unit.index in phase.losses]
         if not mine:
             return {}
-        values = self.imitator.replicas.sum(torch.stack(sums).float() / self.stream.accumulation).cpu()
-        if not bool(torch.isfinite(values).all()):
-            odd = self.imitator.replicas.sum(torch.stack(self._odd).float()).nonzero()
-            since, number = odd[0].tolist() if len(odd) else (len(self._odd) - 1, 0)
-            raise self._not_finite(phase, step - len(self._odd) + 1 + since, mine[number])
-        self._odd.clear()
+        values = self.imitator.replicas.sum(torch.stack(sums).float() / self.stream.accumulation)
         return dict(zip(mine, values.tolist(), strict=True))
 
     def _require_finite(self, step: int) -> None:
-        """Refuses to save what a gradient that was not finite has left after `step` steps over all phases, whatever the loss has been:
-        the checkpoint would be the newest, and whole."""
+        """Refuses to save what an update has left after `step` steps over all phases that was too large for a number, however finite its
+        gradient was: the checkpoint would be the newest, and whole."""
         for unit in self.imitator.units:
             found = [value.isfinite().all() for value in unit.own_state().values() if value.is_floating_point()]
             if found and not bool(torch.stack(found).all()):
                 name = "the stem" if unit.index == 0 else f"unit {unit.index}"
                 raise UserError(
-                    f"{self.stage}: weights of {name} are not finite after step {step}, though its losses were, so a gradient was not; "
-                    f"the checkpoint before it is kept in {self.checkpoints.folder}; lower narrow.optimizer.lr or narrow.clip under "
+                    f"{self.stage}: weights of {name} are not finite after step {step}, though its gradients were; the "
+                    f"checkpoint before it is kept in {self.checkpoints.folder}; lower narrow.optimizer.lr or narrow.clip under "
                     "another --run.name"
                 )
 
-    def _not_finite(self, phase: Phase, step: int, unit: int) -> UserError:
-        """What is said of a step (from 1, over all phases) at which the loss of a unit is not finite: the step's samples are named too."""
-        batch = step - 1
+    def _while_finite(self, run: Iterator[tuple[list[Tensor], float]], phase: Phase, before: int) -> Iterator[tuple[list[Tensor], float]]:
+        """`run`; of units that leave out too many steps in a row the samples are named."""
+        try:
+            yield from run
+        except DivergedError as error:
+            raise self._diverged(error, phase, before) from None
+
+    def _diverged(self, error: DivergedError, phase: Phase, before: int) -> UserError:
+        """What is said of steps that a unit was to leave out one time too often."""
+        steps = [before + step + 1 for step in error.steps]
+        batches = [step - 1 for step in steps]
         if phase.cached:
-            before = sum(earlier.steps for earlier in self.phases[: self.phases.index(phase)])
-            batch = (batch - before) % min(self.imitator.section.cache_batches or phase.steps, phase.steps)
+            batches = [step % min(self.imitator.section.cache_batches or phase.steps, phase.steps) for step in error.steps]
         elif self.taught is not None:
-            batch %= self.taught.batches // self.stream.accumulation
-        name = "the stem" if unit == 0 else f"unit {unit}"
-        what = f"the imitation loss of {name} is not finite"
-        path = name_samples(self.folder, self.stage, step, what, [(step, batch)], self.stream)
+            batches = [batch % (self.taught.batches // self.stream.accumulation) for batch in batches]
+        unit = error.units[-1]
+        name = "all units" if len(error.units) > 1 else "the stem" if unit == 0 else f"unit {unit}"
+        what = f"the loss or the gradient of {name} is not finite"
+        taken = list(zip(steps, batches, strict=True))
+        path = name_samples(self.folder, self.stage, steps[-1], what, taken, self.stream, write=self.wiring.leads)
+        row = f", after {len(steps) - 1} steps in a row that were left out for that" if len(steps) > 1 else ""
         return UserError(
-            f"{self.stage}: {what} at step {step}; its samples are named in {path}; look at them, or lower narrow.optimizer.lr or "
-            "narrow.clip under another --run.name"
+            f"{self.stage}: {what} at step {steps[-1]}{row}; the samples are named in {path}; look at them, or lower "
+            "narrow.optimizer.lr or narrow.clip under another --run.name"
         )
 
     def _continue_from(self, position: Position) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wtn_pretrain.device import device
 from wtn_pretrain.imitation.config import ImitateSection
-from wtn_pretrain.imitation.learner import Learner
+from wtn_pretrain.imitation.learner import Learner, Look, looks
 from wtn_pretrain.imitation.losses import Ratio
 from wtn_pretrain.imitation.observer import Observer
 from wtn_pretrain.imitation.pairing import Pairing
@@ -21,6 +21,7 @@ from wtn_pretrain.imitation.schedules import Phase
 from wtn_pretrain.imitation.units import Unit
 from wtn_pretrain.models.base import Carry, Flow, Taps
 from wtn_pretrain.parallel.replicas import Replicas
+from wtn_pretrain.training.guard import weighed
 from wtn_pretrain.training.schedules import scale
 
 
@@ -31,6 +32,8 @@ class Work:
     seconds: float = 0.0
     teacher_flops: int = 0
     student_flops: int = 0
+    skipped: int = 0
+    """Steps that units have left out, as their gradients were not finite; each counts by itself."""
 
 
 class Entry(NamedTuple):
@@ -67,6 +70,8 @@ class Imitator:
         self._others = [rank for rank in replicas.ranks if rank != replicas.ranks[replicas.index]]
         self._learners: dict[tuple[int, ...], Learner] = {}
         self._learning: list[Learner] = []
+        self.left_out: list[tuple[int, list[int]]] = []
+        """Since somebody last emptied it: steps of the phase (from 0), and the units that have left them out. Kept on the first replica."""
 
     def begin(self, phase: Phase) -> None:
         """Sets which units learn, and starts their optimizers afresh."""
@@ -151,9 +156,8 @@ class Imitator:
         """
         rate = self.rate(phase, step)
         with self.observer.work("optimizer"):
-            for learner in self._learning:
-                with self._together():
-                    learner.step(rate * phase.rates[learner.units[0].index if phase.local else max(phase.rates)])
+            for learner, look in zip(self._learning, looks(self._learning), strict=True):
+                self._step(learner, rate * phase.rates[learner.units[0].index if phase.local else max(phase.rates)], step, look)
         return rate
 
     def visit(
@@ -202,8 +206,9 @@ class Imitator:
                             learner = self._learners[unit.index,]
                             self._backward(learner, losses[micro][-1])
                             losses[micro][-1] = losses[micro][-1].detach()
-                            with self.observer.work("optimizer"), self._together():
-                                learner.step(self.rate(phase, step + micro // accumulation) * phase.rates[unit.index])
+                            number = step + micro // accumulation
+                            with self.observer.work("optimizer"):
+                                self._step(learner, self.rate(phase, number) * phase.rates[unit.index], number)
                 teacher[micro] = target
             expand = leaving
         if send is not None and phase.fed == "student":
@@ -285,11 +290,18 @@ class Imitator:
         """This replica's part of a loss whose normaliser is that of all."""
         with self.observer.input(self._others) if self._others else nullcontext():
             bottom = self.replicas.sum(ratio.bottom.detach().clone())
-        return ratio.top / bottom
+        return weighed(ratio.top / bottom)
 
     def _backward(self, learner: Learner, loss: Tensor) -> None:
         with self._together():
             learner.backward(loss)
+
+    def _step(self, learner: Learner, rate: float, number: int, look: Look | None = None) -> None:
+        with self._together():
+            left_out = learner.step(rate, number, look)
+        if left_out and self.replicas.index == 0:
+            self.work.skipped += 1
+            self.left_out.append((number, [unit.index for unit in learner.units]))
 
     def _together(self) -> AbstractContextManager[Any]:
         return self.observer.waiting(*self._others) if self._others else nullcontext()

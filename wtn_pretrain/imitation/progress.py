@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -12,6 +12,17 @@ from wtn_pretrain.training.monitor import Monitor
 
 EVERY = 0.5
 """Seconds between looks at the others."""
+
+
+class Told(NamedTuple):
+    """What a span says of a step that is logged."""
+
+    losses: Mapping[Any, float]
+    """Unit -> loss."""
+    skipped: int
+    """Steps that its units have left out so far."""
+    left_out: Sequence[tuple[int, list[int]]]
+    """Those since it last said so: steps (from 1, over all phases) and units."""
 
 
 class Progress:
@@ -29,17 +40,16 @@ class Progress:
         """Whether the losses of a step are to be reported."""
         return step % self._log_every == 0 or step == self._total
 
-    def done(self, step: int, details: Mapping[str, Any], losses: Mapping[int, float] | None, now: bool = False) -> None:
-        """This rank has done `step` (from 1, over all phases). `losses`: unit -> loss, at the steps that are logged. `now`: others hear of
-        it at once."""
+    def done(self, step: int, details: Mapping[str, Any], told: Told | None, now: bool = False) -> None:
+        """This rank has done `step` (from 1, over all phases). `told`: at the steps that are logged. `now`: others hear of it at once."""
         if not self._wiring.leads:
             return
-        if losses is not None:
-            self._store.set(f"losses-{step}-{self._wiring.seat.span}", json.dumps(dict(losses)))
+        if told is not None:
+            self._store.set(f"told-{step}-{self._wiring.seat.span}", json.dumps(told))
         if self._wiring.seat.span == 0:
             self._details[step] = dict(details)
         moment = time.monotonic()
-        if self._spans > 1 and losses is None and step < self._total and not now and moment - self._looked < EVERY:
+        if self._spans > 1 and told is None and step < self._total and not now and moment - self._looked < EVERY:
             return
         self._looked = moment
         self._store.add(f"at-{self._wiring.seat.span}", step - self._told)
@@ -62,14 +72,22 @@ class Progress:
         through = self._start + min(self._store.add(f"at-{span}", 0) for span in range(self._spans))
         for step in range(self._reported + 1, through + 1):
             values = self._details.pop(step)
+            left_out: dict[int, list[int]] = {}
             if self.logs(step):
                 losses: dict[int, float] = {}
+                skipped = 0
                 for span in range(self._spans):
-                    key = f"losses-{step}-{span}"
-                    losses |= {int(unit): value for unit, value in json.loads(self._store.get(key)).items()}
+                    key = f"told-{step}-{span}"
+                    told = Told(*json.loads(self._store.get(key)))
                     self._store.delete_key(key)
-                values = {**_shown(losses, self._wiring.plan.units), **values}
+                    losses |= {int(unit): value for unit, value in told.losses.items()}
+                    skipped += told.skipped
+                    for number, units in told.left_out:
+                        left_out.setdefault(number, []).extend(units)
+                values = {**_shown(losses, self._wiring.plan.units), **values, **({"skipped": skipped} if skipped else {})}
             self._monitor.step(step, values, samples=self._samples)
+            for number in sorted(left_out):
+                self._monitor.event("skipped", step=number, units=sorted(left_out[number]))
         self._reported = max(self._reported, through)
 
 

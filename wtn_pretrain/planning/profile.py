@@ -86,7 +86,7 @@ class _Plain:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, number: int) -> None:
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._own, self._clip)
         self._optimizer.step()
@@ -148,11 +148,11 @@ def _seconds(
     def learn() -> None:
         train(unit, teacher, student, fed, target, taps, cast, learner.backward)
 
-    forward, learning, step = timed([teach, learn, partial(learner.step, 1e-6)], repeats)
+    forward, learning, step = timed([teach, learn, partial(learner.step, 1e-6, 0)], repeats)
     return forward, learning, step
 
 
-def timed(work: Sequence[Callable[[], None]], repeats: int) -> tuple[float, ...]:
+def timed(work: Sequence[Callable[[], object]], repeats: int) -> tuple[float, ...]:
     """Seconds of each piece of work, one after the other in every round: medians of `repeats` rounds after one that does not count."""
     rounds = []
     for _ in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""Guards a training stage against divergence: steps that must not be taken are left out, alike on all ranks.
+"""Guards a stage against divergence: steps that must not be taken are left out, alike on all ranks.
 
 DeepSpeed leaves a step out by itself where its optimizer looks at the norm of the gradient: at ZeRO 1 to 3, and wherever weights are
 rounded. At ZeRO 0 in fp32 it steps whatever comes, so there its optimizer is made to look too. A loss that is not finite makes the
@@ -7,7 +7,7 @@ everywhere.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,28 @@ def weighed(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
+class Buffers:
+    """What a forward pass changes by itself, as it was when it was last kept: a step that is left out has to restore it."""
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        same: dict[torch.dtype, list[Tensor]] = {}
+        for network in networks:
+            for buffer in network.buffers():
+                same.setdefault(buffer.dtype, []).append(buffer)
+        # lists of one type are copied at once
+        self._kept = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in same.values()]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for buffers, kept in self._kept:
+            torch._foreach_copy_(kept, buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffers, kept in self._kept:
+            torch._foreach_copy_(buffers, kept)
+
+
 class Wary:
     """Makes the optimizer of an engine at ZeRO 0 leave out a step whose gradient is not finite, and say so as those of ZeRO 1 to 3 do.
 
@@ -40,7 +62,9 @@ class Wary:
         self._plain = self._optimizer.step
         self.clips = engine.gradient_clipping() > 0
         self.norm: Tensor | float | None = None
-        """Of the gradient that is about to be stepped; None: the step is not looked at."""
+        """Of the gradient that is about to be stepped; None: the step is not looked at, unless it is clipped."""
+        self.finite: bool | None = None
+        """Whether `norm` is, where that is known already: the device is not asked again."""
         self._optimizer.overflow = False
         self._optimizer.step = self._step
         if self.clips:
@@ -50,12 +74,15 @@ class Wary:
         from deepspeed.runtime.utils import clip_grad_norm_
 
         engine = self._engine
+        if isinstance(self.norm, Tensor):
+            torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), engine.gradient_clipping(), self.norm)
+            return
         # the one that DeepSpeed takes and drops: over all ranks, before clipping
         self.norm = clip_grad_norm_(parameters=engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
 
     def _step(self, *arguments: Any) -> Any:
-        norm, self.norm = self.norm, None
-        self._optimizer.overflow = norm is not None and not math.isfinite(norm)
+        norm, finite, self.norm, self.finite = self.norm, self.finite, None, None
+        self._optimizer.overflow = norm is not None and not (math.isfinite(norm) if finite is None else finite)
         return None if self._optimizer.overflow else self._plain(*arguments)
 
 
@@ -70,11 +97,7 @@ class Guard:
         self._engine, self._section, self._stage, self._folder, self._stream = engine, section, stage, folder, stream
         plain = engine.zero_optimization_stage() == 0 and not engine.fp16_enabled() and not engine.bfloat16_enabled()
         self._wary = Wary(engine) if plain else None
-        buffers: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in network.buffers():
-            buffers.setdefault(buffer.dtype, []).append(buffer)
-        # lists of one type are copied at once
-        self._buffers = [(same, [torch.empty_like(buffer) for buffer in same]) for same in buffers.values()]
+        self._buffers = Buffers([network])
         self._spikes = Spikes(section.spike)
         self.skipped = 0
         """Steps left out so far, those that fp16 leaves out to find its loss scale not among them."""
@@ -85,11 +108,9 @@ class Guard:
 
     # steps that are not finite
 
-    @torch.no_grad()
     def begin(self) -> None:
-        """To be called before the forward passes of a step: keeps what they change and a step that is left out has to restore."""
-        for buffers, kept in self._buffers:
-            torch._foreach_copy_(kept, buffers)
+        """To be called before the forward passes of a step: keeps what they change."""
+        self._buffers.keep()
 
     def look(self, wanted: bool) -> Tensor | float | None:
         """To be called between the last backward pass of a step and `engine.step`; the norm of the gradient if it is `wanted` and known
@@ -111,7 +132,7 @@ class Guard:
         if self._engine.was_step_applied():
             self.in_a_row.clear()
             return False
-        self._restore()
+        self._buffers.restore()
         value = _mean(loss)
         if self._engine.fp16_enabled() and math.isfinite(value):
             # the scale was too large: fp16's own affair
@@ -126,11 +147,6 @@ class Guard:
     def overflows(self) -> int:
         """Steps that fp16 has left out to find its loss scale."""
         return self._engine.skipped_steps - self.skipped
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for buffers, kept in self._buffers:
-            torch._foreach_copy_(buffers, kept)
 
     def _give_up(self, step: int, loss: float) -> None:
         stage, before = self._stage, len(self.in_a_row) - 1

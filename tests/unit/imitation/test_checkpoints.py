@@ -187,7 +187,7 @@ def test_nothing_of_another_run_is_taken(changes: dict, said: str, stopped: Path
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a gradient leaves them that is not finite though the loss is."""
+    """As an update leaves them that is too large, though its gradient is finite."""
     update = Imitator.update
     taken = 0
 
@@ -202,7 +202,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Imitator, "update", poisoned)
     run = opened(tmp_path)
-    with pytest.raises(UserError, match=r"narrow: weights of unit 2 are not finite after step 4, though its losses were, .*is kept in"):
+    with pytest.raises(UserError, match=r"narrow: weights of unit 2 are not finite after step 4, though its gradients were; .*is kept in"):
         run.go()
     run.checkpoints.wait()
     run.monitor.close()

@@ -251,6 +251,7 @@ class Checkpoints:
             own.seconds + spent.seconds,
             own.teacher_flops + (spent.teacher_flops if first else 0),
             own.student_flops + (spent.student_flops if first else 0),
+            own.skipped + (spent.skipped if first else 0),
         )
 
     def restore_optimizers(self) -> None:

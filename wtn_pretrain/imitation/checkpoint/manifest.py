@@ -52,6 +52,8 @@ class Spent(Record):
     seconds: float
     teacher_flops: int
     student_flops: int
+    skipped: int = 0
+    """Steps that units have left out."""
 
 
 class Manifest(Record):
@@ -68,7 +70,7 @@ class Manifest(Record):
     zero: int
     versions: dict[str, str]
     spent: Spent
-    """Of one rank; of a whole checkpoint: FLOPs of all, seconds of the slowest."""
+    """Of one rank; of a whole checkpoint: FLOPs and steps left out of all, seconds of the slowest."""
     tensors: dict[str, Kept]
     optimizers: dict[str, Any]
     """Their states as `nested.flatten` makes them."""
@@ -130,6 +132,7 @@ def joined(shares: list[Manifest]) -> Manifest:
                 seconds=max(one.seconds for one in spent),
                 teacher_flops=sum(one.teacher_flops for one in spent),
                 student_flops=sum(one.student_flops for one in spent),
+                skipped=sum(one.skipped for one in spent),
             ),
             **{
                 name: {key: value for share in shares for key, value in getattr(share, name).items()}
