@@ -10,12 +10,8 @@ ONNX Runtime's for the thin network at batch 1, the geometric mean over lengths 
 
 import sys
 
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.arguments import command
 from wtn_pretrain.exchange.bench import run
 
 if __name__ == "__main__":
-    try:
-        run(__doc__, sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command(lambda: run(__doc__, sys.argv[1:])))

@@ -8,7 +8,8 @@ Exit status: 0, 1 where a fault was found (warnings are none), 2 for a mistake o
 
 import sys
 
-from wtn_pretrain.doctor.command import main
+from wtn_pretrain.arguments import command
+from wtn_pretrain.doctor.command import run
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or ""))
+    sys.exit(command(lambda: run(__doc__ or "", sys.argv[1:])))

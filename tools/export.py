@@ -7,12 +7,8 @@ Formats: hf, onnx, onnx_fused, onnx_int8, onnx_int8_dynamic, torchvision, timm, 
 
 import sys
 
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.arguments import command
 from wtn_pretrain.exchange.command import export_run
 
 if __name__ == "__main__":
-    try:
-        print(export_run(__doc__, sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command(lambda: export_run(__doc__, sys.argv[1:])))

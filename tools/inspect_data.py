@@ -2,13 +2,8 @@
 
 import sys
 
-from wtn_pretrain.data.prepare.command import say
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.arguments import command
 from wtn_pretrain.inspection import run
 
 if __name__ == "__main__":
-    try:
-        say(run(__doc__ or "", sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command(lambda: run(__doc__ or "", sys.argv[1:])))

@@ -6,12 +6,8 @@ parallelism, recomputation and micro-batch: python tools/plan.py --config RECIPE
 
 import sys
 
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.arguments import command
 from wtn_pretrain.planning.dispatch import run
 
 if __name__ == "__main__":
-    try:
-        print(run(__doc__ or "", sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command(lambda: run(__doc__ or "", sys.argv[1:])))

@@ -2,7 +2,8 @@
 
 import sys
 
-from wtn_pretrain.data.prepare.command import main, preprocess_command
+from wtn_pretrain.arguments import command
+from wtn_pretrain.data.prepare.command import preprocess_command
 
 if __name__ == "__main__":
-    sys.exit(main(preprocess_command))
+    sys.exit(command(lambda: preprocess_command(sys.argv[1:]), interrupted="interrupted; the same command goes on from here"))

@@ -1,17 +1,17 @@
 """Write the report of a run or of a folder of runs, and print the comparison."""
 
-import argparse
 import sys
 from pathlib import Path
 
+from wtn_pretrain.arguments import Parser, command
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.report.html import is_run, write_index, write_report
 from wtn_pretrain.report.summary import collect, read_summary, write_summaries, write_summary
 from wtn_pretrain.report.table import table
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> str:
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a run, or a folder of runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE as well")
     options = parser.parse_args()
@@ -28,12 +28,10 @@ def main() -> int:
             for path in filter(None, (folder / "summary.json", options.json)):
                 write_summaries(path, found)
             summaries = list(found.values())
-    except (UserError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    print(table(summaries) if summaries else "no summary.json yet: the run has not finished", page, sep="\n\n")
-    return 0
+    except OSError as error:
+        raise UserError(f"report: {error}") from None
+    return f"{table(summaries) if summaries else 'no summary.json yet: the run has not finished'}\n\n{page}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

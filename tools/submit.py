@@ -7,12 +7,8 @@ python tools/submit.py configs/cluster/resnet50-win.yaml --vary wide.optimizer.l
 
 import sys
 
-from wtn_pretrain.errors import UserError
+from wtn_pretrain.arguments import command
 from wtn_pretrain.slurm.command import run
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run(__doc__ or "", sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(command(lambda: run(__doc__ or "", sys.argv[1:])))

@@ -2,7 +2,8 @@
 
 import sys
 
-from wtn_pretrain.data.prepare.command import main, train_tokenizer_command
+from wtn_pretrain.arguments import command
+from wtn_pretrain.data.prepare.command import train_tokenizer_command
 
 if __name__ == "__main__":
-    sys.exit(main(train_tokenizer_command))
+    sys.exit(command(lambda: train_tokenizer_command(sys.argv[1:]), interrupted="interrupted; nothing was written"))

@@ -6,7 +6,8 @@ checkpoints and the finished networks of all its stages. Exit code: 0 all is who
 
 import sys
 
+from wtn_pretrain.arguments import command
 from wtn_pretrain.verify import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__))
+    sys.exit(command(lambda: main(sys.argv[1:], __doc__)))

@@ -1,10 +1,42 @@
-"""What command lines share that take options of their own and keys of the recipe beside them."""
+"""What the command lines of tools share: how they end, and options of their own beside keys of the recipe."""
 
 import argparse
-from collections.abc import Sequence
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from wtn_pretrain.errors import UserError
+
+
+def command(work: Callable[[], str | int | None], interrupted: str = "interrupted") -> int:
+    """Does the work of a command line and prints what it gives, if that is text; the exit status.
+
+    That is what `work` gives, if it is a number, else 0; 2 after a mistake of the user's, which is one line on standard error; 130 where it
+    was interrupted. Whoever reads what is printed may leave before the end, as `head` does.
+    """
+    code = 0
+    try:
+        found = work()
+        if isinstance(found, str):
+            print(found)
+        code = found if isinstance(found, int) else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        pass
+    finally:
+        # the interpreter does it once more when it ends, and would not be silent
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +79,6 @@ def amount(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value

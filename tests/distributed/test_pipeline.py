@@ -74,7 +74,9 @@ def test_replicas_are_one_process_up_to_round_off(plan: str, pair: str, imitatio
 @pytest.mark.parametrize(("pair", "plan"), [("bert inner", "0-1x2,2-3x2"), ("resnet outer", "0-0,1-3x3"), ("bert outer", "0-2x3,3-3")])
 def test_the_student_fed_pass_on_replicas(pair: str, plan: str, imitations: Imitations, record_property: Record) -> None:
     base, widen = PAIRS[pair]
-    compare(imitations.under(plan, base, {**HYBRID, **widen}), imitations.alone(base, {**HYBRID, **widen}), record_property)
+    # at the rate of the others round-off turns a ReLU of this pair at its kink
+    changes = {**HYBRID, **widen, **({"narrow.optimizer.lr": 0.05} if base is RESNET else {})}
+    compare(imitations.under(plan, base, changes), imitations.alone(base, changes), record_property)
 
 
 ZERO = {stage: {"narrow.deepspeed": f"ds_configs/zero{stage}.json"} for stage in (1, 2)}

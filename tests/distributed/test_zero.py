@@ -70,8 +70,9 @@ CASES = {
     "bert, LAMB, ZeRO 3, three ranks": Case(BERT, zero(3), {**LAMB, **THREE}, ranks=3),
     "bert, LAMB, ZeRO 2, offloaded": Case(BERT, OFFLOADED, LAMB),
     "bert, LAMB without decay, ZeRO 2": Case(BERT, zero(2), {**LAMB, **UNDECAYED}),
-    "resnet, LARS, ZeRO 0": Case(RESNET, zero(0), MILD),
-    # smooth: a ReLU at its kink would turn round-off into another gradient
+    # not the recipe's seed, with which round-off at the fourth step turns a ReLU at its kink, and LARS makes 1e-2 of that
+    "resnet, LARS, ZeRO 0": Case(RESNET, zero(0), {**MILD, "run.seed": 6}),
+    # smooth, as to that
     "bert, LARS, ZeRO 1": Case(BERT, zero(1), LARS),
     "bert, LARS, ZeRO 2": Case(BERT, zero(2), LARS),
     "bert, LARS without decay, ZeRO 3": Case(BERT, zero(3), {**LARS, **UNDECAYED}),

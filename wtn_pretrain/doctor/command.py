@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from wtn_pretrain.arguments import amount
+from wtn_pretrain.arguments import Parser, amount
 from wtn_pretrain.device import device
 from wtn_pretrain.doctor.compilers import check_compilers
 from wtn_pretrain.doctor.disk import check_disk, check_shared_memory
@@ -50,8 +49,8 @@ def run(doc: str, argv: Sequence[str]) -> int:
     return int(verdict[0])
 
 
-def _parser(doc: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def _parser(doc: str) -> Parser:
+    made = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("--folder", type=Path, default=Path("runs"), help="folder of runs, whose disk is tried (default runs)")
     made.add_argument("--need", type=amount, default=1.0, metavar="GB", help="space that must be free there (default 1)")
     made.add_argument("--port", type=_port, default=29500, help="without a launcher: the port that ranks would meet at (default 29500)")
@@ -99,12 +98,3 @@ def _port(text: str) -> int:
     if not (text.isdecimal() and 0 < int(text) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is no port; they go from 1 to 65535")
     return int(text)
-
-
-def main(doc: str) -> int:
-    """`run` on the command line."""
-    try:
-        return run(doc, sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2

@@ -13,7 +13,7 @@ from wtn_pretrain.imitation.bridges import Bridge, apply_map
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.losses import Ratio, energy_mse, mobilebert
 from wtn_pretrain.imitation.pairing import Pairing
-from wtn_pretrain.models.base import BlockNetwork, Carry, Flops, Flow, Taps
+from wtn_pretrain.models.base import BlockNetwork, Carry, Flops, Flow, Taps, channels_last
 
 
 class Unit(nn.Module):
@@ -38,7 +38,7 @@ class Unit(nn.Module):
         self.teacher = tuple(module.eval().requires_grad_(False) for module in teacher)
         if index:  # a stem that was copied is bit for bit the student's
             for module in self.teacher:
-                _channels_last(module)
+                channels_last(module)
         self._axis = network.channel_axis
         self._counted: Callable[[Carry], Tensor | None] = network.counted
         self._section = section
@@ -193,8 +193,3 @@ def start_from_teacher(unit: Unit) -> None:
         for name, mine in student.state_dict().items():
             if name in theirs and theirs[name].shape == mine.shape:
                 mine.copy_(theirs[name])
-
-
-def _channels_last(module: nn.Module) -> None:
-    """Weights of convolutions in the layout of what flows through them, else each call copies them into it; in place."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

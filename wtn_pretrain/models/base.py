@@ -223,3 +223,8 @@ def boundary_shapes(config: BlockConfig) -> list[tuple[int, ...]]:
             carry = block(carry)
             shapes.append(tuple(carry.hidden.shape[1:]))
     return shapes
+
+
+def channels_last(module: nn.Module) -> None:
+    """Weights of convolutions in the layout of what flows through them, else each call copies them into it; in place."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

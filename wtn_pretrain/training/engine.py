@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from wtn_pretrain.checkpoint.files import on_host
 from wtn_pretrain.device import allow_tf32, device, hardware, supports_fp16
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.models.base import BlockNetwork, channels_last
 from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
 from wtn_pretrain.parallel.tensor import whole as whole_of
 from wtn_pretrain.screen import say
@@ -199,6 +199,9 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
         # the optimizer has sorted parameters by their shapes, which they lose
         partition(module, config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
+    if level == 0:
+        # not before, since DeepSpeed sends weights as bytes; above, they lie in its flat buffers
+        channels_last(network)
     average_only_with_others(engine, world_size)
     folder.go_with(engine)
     follow_layers(engine, optimizer)

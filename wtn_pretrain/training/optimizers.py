@@ -129,14 +129,14 @@ def make_optimizer(section: OptimizerSection, groups: list[dict[str, Any]], offl
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, betas=section.betas, eps=section.eps, adamw_mode=True, **common)
+    # fused: one pass over weights, gradients and moments instead of several
     if section.name == "adamw":
-        # one pass over weights, gradients and moments instead of a dozen
         return torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, fused=True, **common)
     if section.name == "lamb":
         return Lamb(groups, betas=section.betas, eps=section.eps, **common)
     if section.name == "lars":
         return Lars(groups, momentum=section.momentum, trust=section.trust, **common)
-    return torch.optim.SGD(groups, momentum=section.momentum, nesterov=section.nesterov, **common)
+    return torch.optim.SGD(groups, momentum=section.momentum, nesterov=section.nesterov, fused=True, **common)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

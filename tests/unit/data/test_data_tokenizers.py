@@ -1,5 +1,6 @@
 """Trained tokenizers: saved, loaded by AutoTokenizer, the same ids for the same text, padded; and SentencePiece models made elsewhere."""
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from tests.running import environment
 from wtn_pretrain.data.corpus import PydocTopics, blocks
 from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.masking import Masker
-from wtn_pretrain.data.prepare.command import main, train_tokenizer_command
+from wtn_pretrain.data.prepare.command import train_tokenizer_command
 from wtn_pretrain.data.prepare.sentencepiece_model import read_sentencepiece
 from wtn_pretrain.data.prepare.sources import Reading, find_sources
 from wtn_pretrain.data.prepare.vocabulary import SourceText, train_tokenizer
@@ -146,7 +147,9 @@ def test_progress_and_what_an_interrupt_says(tmp_path: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     monkeypatch.setattr("wtn_pretrain.data.prepare.vocabulary.train_tokenizer", interrupted)
-    assert main(train_tokenizer_command, ["--out", str(tmp_path / "tok"), str(tmp_path / "a.txt")]) == 130
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", "--out", str(tmp_path / "tok"), str(tmp_path / "a.txt")])
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_path(str(ROOT / "tools" / "train_tokenizer.py"), run_name="__main__")
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written" and not (tmp_path / "tok").exists()
 
 

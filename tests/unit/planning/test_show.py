@@ -122,5 +122,12 @@ def test_the_script_ends_with_status_two_and_one_line() -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", ["--help", "--config configs/quickstart/resnet.yaml --ranks 2"])
+def test_who_reads_may_leave(arguments: str) -> None:
+    call = f"{sys.executable} tools/plan.py {arguments} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", call], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_seconds_are_read_easily() -> None:
     assert [seconds(value) for value in (2e-5, 0.25, 59.0, 600.0, 10800.0, 3e5)] == ["20 us", "250 ms", "59 s", "10 min", "3 h", "3.5 days"]

@@ -1,14 +1,12 @@
 """The commands of tools/train_tokenizer.py and tools/preprocess_corpus.py."""
 
 import argparse
-import math
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from wtn_pretrain.arguments import count
+from wtn_pretrain.arguments import Parser, amount, count
 from wtn_pretrain.data.faults import Faults
 from wtn_pretrain.data.prepare.corpus import PARTS, Preparation, prepare_corpus
 from wtn_pretrain.data.prepare.sources import Reading, find_sources
@@ -31,36 +29,6 @@ _TOKENIZER_FILES = frozenset(
 """What transformers writes of a tokenizer."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
-def main(command: Callable[[Sequence[str]], str], arguments: Sequence[str] | None = None) -> int:
-    """Runs a command, prints what it says; the exit status, 2 after a mistake of the user's."""
-    try:
-        say(command(sys.argv[1:] if arguments is None else arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        begun = command is preprocess_command
-        print(f"interrupted; {'the same command goes on from here' if begun else 'nothing was written'}", file=sys.stderr)
-        return 130
-    return 0
-
-
-def say(text: str) -> None:
-    """Prints `text`; whoever reads it may leave before the end, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # the interpreter flushes once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def train_tokenizer_command(arguments: Sequence[str]) -> str:
     """Trains or converts a tokenizer and saves it; what it says at the end."""
     parser = _parser(
@@ -75,7 +43,7 @@ def train_tokenizer_command(arguments: Sequence[str]) -> str:
     parser.add_argument("--cased", action="store_true", help="keep case and accents")
     parser.add_argument(
         "--limit-mb",
-        type=_number,
+        type=amount,
         metavar="X",
         help="millions of characters to train on, spread over the files "
         f"(default: all; unigram, which holds them in memory and trains in one thread: {_UNIGRAM_MB})",
@@ -137,7 +105,7 @@ def preprocess_command(arguments: Sequence[str]) -> str:
     parser.add_argument("--licence", metavar="TEXT", help="licence of the text, for the card; given again it is changed there")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that tokenise (default: one a core)")
-    parser.add_argument("--record-seconds", type=_number, default=15, metavar="S", help="how much a kill costs at most (default 15)")
+    parser.add_argument("--record-seconds", type=amount, default=15, metavar="S", help="how much a kill costs at most (default 15)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="read a prepared corpus whole and compare all checksums")
     options = parser.parse_args(arguments)
@@ -213,7 +181,7 @@ def _parser(description: str, examples: str) -> Parser:
         default="auto",
         help="what ends a document in a text file (auto: <doc> lines, else the file)",
     )
-    parser.add_argument("--max-document", type=_number, default=64, metavar="MB", help="megabytes that a document may have (default 64)")
+    parser.add_argument("--max-document", type=amount, default=64, metavar="MB", help="megabytes that a document may have (default 64)")
     parser.add_argument(
         "--faults", choices=("stop", "skip"), default="stop", help="stop at what cannot be read, or skip and count it (default stop)"
     )
@@ -241,16 +209,6 @@ def _skipped(state: dict[str, Any]) -> list[str]:
     for kind, times in state["counts"].items():
         lines.append(f"  skipped: {kind}, {times} times, such as {state['examples'][kind][0]}")
     return lines
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 class _Bar:
