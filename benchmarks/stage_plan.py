@@ -80,7 +80,7 @@ FULL = (
     case("resnet", 2, 1, 16),
     case("resnet", 2, 2, 16, passes=2),
 )
-CI = (case("bert", 1, 0, 2), case("bert", 2, 2, 2, passes=2), case("resnet", 2, 1, 2))
+CI = (case("bert", 2, 2, 2, passes=2), case("resnet", 1, 0, 2))
 
 
 @contextmanager

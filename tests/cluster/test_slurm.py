@@ -179,6 +179,27 @@ def test_a_preempted_job_continues_bit_for_bit(how: str, cluster: Slurm, forge: 
     assert equal_bits(weights(stages[0]), weights(stages[1]))
 
 
+def test_a_job_leaves_ahead_of_its_time_limit(cluster: Slurm, tmp_path: Path) -> None:
+    """A limit of two minutes; Slurm sends its signal 45 s before, or up to a minute earlier."""
+    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"wide.steps": 100000, "wide.checkpoint_every": 100000}))
+    job = sbatch(cluster, tmp_path, "wide", options=("--time=2", "--signal=USR1@45"))
+    try:
+        cluster.wait(job, "RUNNING")
+        cluster.wait(job, "PENDING", "REQUEUED")
+        left = re.search(r"left after step (\d+) of 100000 on SIGUSR1, all saved", told(tmp_path, job))
+        assert left and "told to end, all saved: back into the queue" in told(tmp_path, job), told(tmp_path, job)
+        assert (tmp_path / f"runs/bert/wide/checkpoints/step{left[1]}").is_dir()
+        # the next start has as long again
+        cluster.wait(job, "RUNNING")
+        until_step(cluster, tmp_path, job, int(left[1]) + 5)
+        assert cluster.facts(job)["Restarts"] == "1"
+    finally:
+        cluster.succeed("scancel", str(job), cwd=tmp_path)
+    assert cluster.wait(job)["JobState"] == "CANCELLED"
+    steps = steps_logged(tmp_path / "runs/bert/wide")
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_a_job_that_loses_a_rank_continues(cluster: Slurm, tmp_path: Path) -> None:
     """A rank killed as the kernel does where memory is short; lost again, the job has had its starts and fails."""
     write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {**LONG, "wide.steps": 100000, "wide.checkpoint_every": 10}))

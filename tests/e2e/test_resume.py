@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import BERT, RESNET, equal_bits, kill_at, losses, recipe, records, succeed, weights, write_recipe
+from tests.running import BERT, RESNET, Forge, Started, equal_bits, kill_at, losses, reached, recipe, records, steps_logged, succeed, weights, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ Trained = Callable[[dict[str, Any], str], Path]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The folder of a run whose stages up to the named one are finished, made once for each recipe."""
     made: dict[str, Path] = {}
 
@@ -64,66 +64,75 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         if key not in made:
             folder = tmp_path_factory.mktemp("trained")
             config = write_recipe(folder / "recipe.yaml", tree)
-            succeed("train_wide.py", config)
-            if upto == "narrow":
-                succeed("imitate.py", config)
+            for script in ("train_wide.py", "imitate.py") if upto == "narrow" else ("train_wide.py",):
+                forge.start(script, config).succeed()
             made[key] = folder / "runs" / tree["run"]["name"]
         return made[key]
 
     return find
 
 
-def interrupted(folder: Path, script: str, stage: str, case: Case, finished: Path | None = None, ranks: int = 1) -> None:
+def interrupted(forge: Forge, folder: Path, script: str, stage: str, case: Case, finished: Path | None = None, ranks: int = 1) -> None:
     """Runs a stage alone and killed, and compares what the two leave."""
     config = write_recipe(folder / "recipe.yaml", recipe(case.base, {**case.changes, f"{stage}.checkpoint_every": case.every}))
     runs = folder / "runs"
     for name in (ALONE, KILLED) if finished else ():
         # the stages before this one, without the configuration that claims the folder for their run's name
         shutil.copytree(finished, runs / name, ignore=shutil.ignore_patterns("config.yaml"))
-    succeed(script, config, f"--run.name={ALONE}", ranks=ranks)
-    reached = 0
+
+    def start(name: str) -> Started:
+        return forge.start(script, config, f"--run.name={name}", ranks=ranks)
+
+    start(ALONE).succeed()
+    last = 0
     for step in case.kills:
-        reached = kill_at(script, config, f"--run.name={KILLED}", stage=runs / KILLED / stage, step=step, ranks=ranks)
+        started = start(KILLED)
+        reached(started, runs / KILLED / stage, step)
+        started.kill()
+        started.codes()
+        last = max(steps_logged(runs / KILLED / stage))
         assert not (runs / KILLED / stage / "done.json").exists(), f"the stage was finished before it was killed at step {step}"
-    again = succeed(script, config, f"--run.name={KILLED}", ranks=ranks)
+    again = start(KILLED)
+    again.succeed()
     # the last start did continue: the first step it tells of lies beyond a checkpoint that surely was written
-    told = re.search(rf"^{stage} (\d+)/", again.stderr, re.MULTILINE)
+    told = re.search(rf"^{stage} (\d+)/", again.stderr(), re.MULTILINE)
     assert told is not None
     # a stage writes while it goes on: what surely was written is the checkpoint before the newest
-    surely = (reached - 1) // case.every - 1
-    assert surely * case.every < int(told[1]) <= reached + 1
+    surely = (last - 1) // case.every - 1
+    assert surely * case.every < int(told[1]) <= last + 1
     assert losses(runs / KILLED / stage) == losses(runs / ALONE / stage)
     assert [r.get("units") for r in records(runs / KILLED / stage)] == [r.get("units") for r in records(runs / ALONE / stage)]
     assert equal_bits(weights(runs / KILLED / stage), weights(runs / ALONE / stage))
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_wide(name: str, tmp_path: Path) -> None:
-    interrupted(tmp_path, "train_wide.py", "wide", WIDE[name])
+def test_wide(name: str, forge: Forge, tmp_path: Path) -> None:
+    interrupted(forge, tmp_path, "train_wide.py", "wide", WIDE[name])
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_narrow(name: str, tmp_path: Path, trained: Trained) -> None:
+def test_narrow(name: str, forge: Forge, tmp_path: Path, trained: Trained) -> None:
     case = NARROW[name]
     tree = recipe(case.base, {"widen": case.changes.get("widen", case.base["widen"])})
-    interrupted(tmp_path, "imitate.py", "narrow", case, trained(tree, "wide"))
+    interrupted(forge, tmp_path, "imitate.py", "narrow", case, trained(tree, "wide"))
     # stored activations are no result
     assert not (tmp_path / "runs" / KILLED / "narrow" / "activations").exists()
 
 
 @pytest.mark.parametrize("name", FINETUNE)
-def test_finetune(name: str, tmp_path: Path, trained: Trained) -> None:
+def test_finetune(name: str, forge: Forge, tmp_path: Path, trained: Trained) -> None:
     case = FINETUNE[name]
     model = {key: value for key, value in case.changes.items() if key.startswith("model.")}
-    interrupted(tmp_path, "finetune.py", "finetune", case, trained(recipe(case.base, model), "narrow"))
+    interrupted(forge, tmp_path, "finetune.py", "finetune", case, trained(recipe(case.base, model), "narrow"))
 
 
-def test_wide_on_two_ranks_with_zero_2(tmp_path: Path) -> None:
+def test_wide_on_two_ranks_with_zero_2(forge: Forge, tmp_path: Path) -> None:
     case = Case(BERT, {**DROPOUT, "wide.steps": 60, "wide.deepspeed": "ds_configs/zero2.json"}, (13,))
-    interrupted(tmp_path, "train_wide.py", "wide", case, ranks=2)
+    interrupted(forge, tmp_path, "train_wide.py", "wide", case, ranks=2)
 
 
 def test_the_whole_method_killed_in_every_stage(tmp_path: Path) -> None:
+    """Started as a user starts it."""
     changes: dict[str, Any] = {
         f"{stage}.{key}": value for stage in ("wide", "narrow", "finetune") for key, value in (("steps", 50), ("checkpoint_every", 5))
     }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wtn_pretrain.arguments import Parser, assignments_of, count
+from wtn_pretrain.arguments import Parser, amount, assignments_of, count
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.files import write_text
 from wtn_pretrain.imitation.learner import zero_stage
@@ -23,7 +23,10 @@ from wtn_pretrain.planning.fit import STAGES, require_fit
 from wtn_pretrain.planning.predict import predict
 from wtn_pretrain.planning.search import fed_by
 from wtn_pretrain.planning.spans import flow
+from wtn_pretrain.planning.training.devices import ACCELERATORS
+from wtn_pretrain.recipe import Recipe
 from wtn_pretrain.slurm.jobs import cancel, follow, submit
+from wtn_pretrain.slurm.needs import needs
 from wtn_pretrain.slurm.script import ENTRY, FOLDER, ROOT, SCRIPTS, SWEEP, Size, fill, minutes
 
 ASKS = {"wide": ("wide",), "imitate": ("narrow",), "finetune": ("finetune",), "method": STAGES}
@@ -31,7 +34,9 @@ ASKS = {"wide": ("wide",), "imitate": ("narrow",), "finetune": ("finetune",), "m
 PER_NODE = 8
 """Ranks on a node, where nothing is said."""
 LIMIT_MARGIN = 15.0
-"""Minutes of a job beyond run.time_limit: to start, and to save."""
+"""Minutes of a job beyond run.time_limit, or beyond what is planned: to start, and to save."""
+SPARE = 1.5
+"""Of the time that is planned, what a job asks for: the plan knows nothing of validation, checkpoints and a busy file system."""
 
 
 class Script(NamedTuple):
@@ -61,7 +66,15 @@ def parser(doc: str) -> Parser:
     made.add_argument("--gpus-per-node", type=_natural, help="GPUs of each node (default: one a rank; 0: none)")
     made.add_argument("--cpus-per-rank", type=count, help="cores of each rank (default: one, and one for each of data.workers)")
     made.add_argument("--memory", help="of each node, such as 64G (default: all it has; of stage 2 on CPUs, as planned)")
-    made.add_argument("--time", type=float, metavar="MINUTES", help="limit (default: run.time_limit and a quarter of an hour, or a day)")
+    made.add_argument(
+        "--time",
+        type=amount,
+        metavar="MINUTES",
+        help="limit (default: run.time_limit and a quarter of an hour; else, with --device, half as long again as planned; else a day)",
+    )
+    made.add_argument(
+        "--device", metavar="NAME", help=f"plan time and memory on these, and refuse what does not fit: {', '.join(ACCELERATORS)}"
+    )
     made.add_argument(
         "--option", action="append", default=[], metavar="NAME[=VALUE]", help="any option of sbatch, as partition=gpu; repeatable"
     )
@@ -116,7 +129,13 @@ def _script(job: Job, stage: str, options: argparse.Namespace, assignments: list
     size, plan = _size(job, stage, options)
     recipe = job.recipe
     name = f"{recipe.run.name}-{stage}"
-    limit = options.time or (recipe.run.time_limit and recipe.run.time_limit + LIMIT_MARGIN)
+    comments = [f"narrow.plan {plan} on {plan.ranks} ranks"] if plan is not None else []
+    planned = 0.0
+    if options.device:
+        found = needs(job, _works_on(stage, options.chain, recipe), plan, size.ranks, size.per_node, options.device)
+        comments.append(f"planned on {options.device}: {'; '.join(map(str, found))}")
+        planned = SPARE * sum(need.seconds for need in found) / 60 + LIMIT_MARGIN
+    limit = options.time or (recipe.run.time_limit and recipe.run.time_limit + LIMIT_MARGIN) or planned
     head: dict[str, str | None] = {"job-name": name, **size.options()}
     if limit:
         head["time"] = minutes(limit)
@@ -135,10 +154,16 @@ def _script(job: Job, stage: str, options: argparse.Namespace, assignments: list
     variables = {"WTN_ROOT": str(ROOT)}
     if lines:
         variables |= {"WTN_SWEEP": str(sweep.absolute()), "WTN_SCRIPT": ENTRY[stage]}
-    comment = f"narrow.plan {plan} on {plan.ranks} ranks" if plan is not None else ""
-    text = fill((FOLDER / (SWEEP if lines else SCRIPTS[stage])).read_text(encoding="utf-8"), head, variables, comment)
+    text = fill((FOLDER / (SWEEP if lines else SCRIPTS[stage])).read_text(encoding="utf-8"), head, variables, comments)
     given = ["--config", options.config, *(f"--{assignment}" for assignment in assignments)]
     return Script(stage, folder / f"{stage}.sbatch", text, given, sweep, lines)
+
+
+def _works_on(stage: str, chained: bool, recipe: Recipe) -> tuple[str, ...]:
+    """The stages that a job trains; the last one of a chain has only the baseline left."""
+    if stage != "method":
+        return ASKS[stage]
+    return (*(() if chained else STAGES), *(("scratch",) if recipe.compare.scratch else ()))
 
 
 def _size(job: Job, stage: str, options: argparse.Namespace) -> tuple[Size, Plan | None]:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,13 +42,13 @@ class Size(NamedTuple):
         }
 
 
-def fill(text: str, options: Mapping[str, str | None], variables: Mapping[str, str], comment: str = "") -> str:
+def fill(text: str, options: Mapping[str, str | None], variables: Mapping[str, str], comments: Sequence[str] = ()) -> str:
     """A batch script with `options` of sbatch in its head; those that it does not carry are added after the others.
 
     Args:
         options: name -> value; empty where an option has none, None takes it out.
         variables: set for it, whatever of its environment a site passes on.
-        comment: a line that follows the head.
+        comments: lines that follow the head.
     """
     lines, waiting = [], dict(options)
     for line in text.splitlines():
@@ -61,7 +61,7 @@ def fill(text: str, options: Mapping[str, str | None], variables: Mapping[str, s
         lines.append(line)
     end = max(number for number, line in enumerate(lines) if re.match("##?SBATCH", line)) + 1
     added = [_line(name, value) for name, value in waiting.items() if value is not None]
-    added += [f"# {comment}"] if comment else []
+    added += [f"# {comment}" for comment in comments]
     added += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     return "\n".join([*lines[:end], *added, *lines[end:]]) + "\n"
 

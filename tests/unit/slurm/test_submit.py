@@ -9,6 +9,7 @@ import pytest
 from tests.running import BERT, ROOT, recipe, write_recipe
 from wtn_pretrain.again import mark, mark_of, unmark
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.planning.dispatch import run as plan
 from wtn_pretrain.slurm.command import run
 from wtn_pretrain.slurm.jobs import Log
 from wtn_pretrain.slurm.script import FOLDER, SCRIPTS, SWEEP, fill, minutes
@@ -67,6 +68,42 @@ def test_the_plan_decides_ranks_and_memory(config: str, capsys: pytest.CaptureFi
     chain = shown(capsys, config, "--chain", "--narrow.plan=0-1,2,3x2", "--ranks-per-node", "4")
     scripts = re.split(r"^# runs/bert/slurm/\w+\.sbatch$", chain, flags=re.MULTILINE)[1:]
     assert [head(script)["job-name"] for script in scripts] == ["bert-wide", "bert-imitate", "bert-finetune", "bert-method"]
+
+
+CLUSTER = "configs/cluster/resnet50-win.yaml"
+PLANNED = r"(\w+) ([\d.]+ \w+), ([\d.]+) GB a rank"
+
+
+def test_a_kind_of_device_decides_time_and_refuses_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    common = ("--nodes", "2", "--device", "h100", "--run.time_limit=0")
+    wide, imitate = (shown(capsys, CLUSTER, "--stage", stage, *common) for stage in ("wide", "imitate"))
+    told = plan("", ["--config", CLUSTER, "--stage", "wide", "--ranks", "16", "--device", "h100"])
+    # what the plan tells of the recipe's own layout
+    ((stage, took, held),) = re.findall(PLANNED, wide)
+    own = next(line for line in told.splitlines() if line.startswith("as the recipe has it"))
+    assert stage == "wide" and f"{float(held):.1f}" in own and took in own
+    assert [stage for stage, *_ in re.findall(PLANNED, imitate)] == ["narrow"]
+    days, hours, minutes = map(int, re.fullmatch(r"(\d+)-(\d+):(\d+):00", head(wide)["time"]).groups())  # type: ignore[union-attr]
+    value, unit = took.split()
+    planned = float(value) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[unit] / 60
+    assert abs((days * 24 + hours) * 60 + minutes - (1.5 * planned + 15)) < 0.01 * planned + 1
+    # a chain: the last job has the baseline alone; the run's own limit and --time come first
+    chain = shown(capsys, CLUSTER, "--chain", *common)
+    assert [[stage for stage, *_ in re.findall(PLANNED, line)] for line in re.findall(r"^# planned .*$", chain, re.MULTILINE)] == [
+        ["wide"],
+        ["narrow"],
+        ["finetune"],
+        ["scratch"],
+    ]
+    assert head(shown(capsys, CLUSTER, "--stage", "wide", *common[:-1], "--run.time_limit=60"))["time"] == "0-01:15:00"
+    assert head(shown(capsys, CLUSTER, "--stage", "wide", *common, "--time", "30"))["time"] == "0-00:30:00"
+    with pytest.raises(UserError, match=r"^wide: needs \d+ GB a rank on 8 ranks as planned, and of an a100-40's 40 GB 90% can be used; .*fits$"):
+        run("", [CLUSTER, "--stage", "wide", "--device", "a100-40", "--wide.micro_batch_size=512", "--wide.batch_size=4096", "--dry-run"])
+    with pytest.raises(UserError, match="--device k80: not known"):
+        run("", [CLUSTER, "--device", "k80", "--dry-run"])
 
 
 def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +198,7 @@ def test_the_shipped_scripts() -> None:
 
 def test_filling_in() -> None:
     text = "#!/bin/sh\n#SBATCH --nodes=1\n#SBATCH --gpus=8\n##SBATCH --account=ACCOUNT\ntrue\n"
-    filled = fill(text, {"nodes": "4", "gpus": None, "account": "me", "qos": "high", "exclusive": ""}, {"A": "a b"}, "why")
+    filled = fill(text, {"nodes": "4", "gpus": None, "account": "me", "qos": "high", "exclusive": ""}, {"A": "a b"}, ["why"])
     assert (
         filled
         == "#!/bin/sh\n#SBATCH --nodes=4\n#SBATCH --account=me\n#SBATCH --qos=high\n#SBATCH --exclusive\n# why\nexport A='a b'\ntrue\n"

@@ -11,7 +11,7 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.parallel.launch import start_ranks
 from wtn_pretrain.planning.cluster import Cluster, Link, usual
-from wtn_pretrain.planning.command import read_shapes
+from wtn_pretrain.planning.command import Job, Shapes, read_shapes
 from wtn_pretrain.planning.fit import require_divisible
 from wtn_pretrain.planning.profile import RUNTIME, resident
 from wtn_pretrain.planning.show import seconds
@@ -95,14 +95,19 @@ def read_work(config: str, assignments: list[str], stage: str) -> tuple[Work, st
     Raises:
         UserError: the recipe is refused, or has no such stage.
     """
-    job = read_shapes(config, assignments)
-    if stage == "wide" and job.recipe.wide.teacher:
+    shapes = read_shapes(config, assignments)
+    if stage == "wide" and shapes.recipe.wide.teacher:
         raise UserError("wide.teacher: the wide network comes from elsewhere, so stage 1 trains nothing; plan --stage finetune")
-    shape = job.wide if stage == "wide" else job.thin
-    section = job.recipe.scratch() if stage == "scratch" else getattr(job.recipe, stage)
-    length, share = (job.length or 0), getattr(job.recipe.task, "mask_probability", 0.0)
+    return work_of(shapes, stage), shapes.recipe.run.name, shapes.assumed
+
+
+def work_of(shapes: Shapes | Job, stage: str) -> Work:
+    """What a stage (wide, finetune or scratch) trains."""
+    shape = shapes.wide if stage == "wide" else shapes.thin
+    section = shapes.recipe.scratch() if stage == "scratch" else getattr(shapes.recipe, stage)
+    length, share = (shapes.length or 0), getattr(shapes.recipe.task, "mask_probability", 0.0)
     masked = max(1, round(share * (length - 2))) if isinstance(shape, BertConfig) else 0
-    return Work(shape, section, length, masked), job.recipe.run.name, job.assumed
+    return Work(shape, section, length, masked)
 
 
 def _machines(options: argparse.Namespace, work: Work) -> tuple[Cluster, Rates, str]:
