@@ -5,7 +5,7 @@
 Each case trains through the package's own loop on ranks that are started afresh, processes of one thread pinned to a core each, on data
 that cost nothing. Nothing of a run goes into its prediction. Memory is counted from the network's shape (`planning/training/counted.py`)
 on top of a process that has trained a network of no size, measured. Time comes from the network's parts, measured one by one on one rank,
-just before and just after the runs (the mean counts), and from the link between ranks, measured with two.
+and from the link between ranks, measured with two, each just before and just after the runs (the mean counts).
 
 Memory: the peak of a rank's resident set (Linux: VmHWM, begun again once libraries have their buffers) until its last step, the largest
 of the ranks. The allocator is told to give back at once what is freed (MALLOC_MMAP_THRESHOLD_): what a plan foretells is what a stage
@@ -34,7 +34,7 @@ from stage_arms import Case, Ran, base, link_of, passes_of, ran
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.models import BertConfig, ResNetConfig
 from wtn_pretrain.models.base import BlockConfig
-from wtn_pretrain.planning.cluster import cores
+from wtn_pretrain.planning.cluster import Connection, cores
 from wtn_pretrain.planning.training.layout import layout_of
 from wtn_pretrain.planning.training.memory import memory
 from wtn_pretrain.planning.training.pace import pace
@@ -132,17 +132,24 @@ def passes_here(cases: Sequence[Case], repeats: int) -> list[Any]:
     return found
 
 
+def link_here() -> Connection:
+    with Crew(2) as crew:
+        found, *_ = crew.call(link_of)
+    return found
+
+
 def timed(cases: Sequence[Case], steps: int, repeats: int) -> list[dict[str, Any]]:
     """Seconds of a step of each case, predicted and measured."""
-    with Crew(2) as crew:
-        connection, *_ = crew.call(link_of)
-    before = passes_here(cases, 5 if repeats > 1 else 1)
+    # a machine that others use drifts while the cases run
+    before, link_before = passes_here(cases, 5 if repeats > 1 else 1), link_here()
     runs = [trained(one, 2, steps, repeats, tight=False) for one in cases]
+    link_after, after = link_here(), passes_here(cases, 5 if repeats > 1 else 1)
     found = []
-    for one, first, then, ranks in zip(cases, before, passes_here(cases, 5 if repeats > 1 else 1), runs, strict=True):
-        layout, machines = layout_of(one.work().section, "wide", one.ranks), connection.of(cores(one.ranks))
-        # a machine that others use drifts while the cases run
-        told = [pace(one.work(), layout, passes, machines, "cpu") for passes in (first, then)]
+    for one, first, then, ranks in zip(cases, before, after, runs, strict=True):
+        layout = layout_of(one.work().section, "wide", one.ranks)
+        told = [
+            pace(one.work(), layout, passes, link.of(cores(one.ranks)), "cpu") for passes, link in ((first, link_before), (then, link_after))
+        ]
         seconds = sum(one.step for one in told) / 2
         seen = median(max(rank.seconds[repeat] for rank in ranks) for repeat in range(repeats))
         found.append(

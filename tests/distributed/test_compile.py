@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import BERT, RESNET, losses, recipe, succeed, write_recipe
+from tests.running import BERT, RESNET, Forge, losses, recipe, succeed, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.slow
     ids=["bert", "bert over two ranks", "resnet"],
 )
 def test_compiled_blocks_give_the_same_losses(
-    base: dict[str, Any], changes: dict[str, Any], compiled: dict[str, Any], ranks: int, tmp_path: Path
+    base: dict[str, Any], changes: dict[str, Any], compiled: dict[str, Any], ranks: int, forge: Forge, tmp_path: Path
 ) -> None:
     config = write_recipe(tmp_path / "recipe.yaml", recipe(base, {"wide.steps": 8, **changes}))
     own = [f"--{key}={value}" for key, value in compiled.items()]
-    succeed("train_wide.py", config, "--run.name=plain", ranks=ranks)
+    forge.start("train_wide.py", config, "--run.name=plain", ranks=ranks).succeed()
     told = succeed("train_wide.py", config, "--run.name=compiled", "--wide.compile=true", *own, ranks=ranks, timeout=600)
     assert "compiling the blocks" in told.stderr
     plain, quick = (losses(tmp_path / "runs" / name / "wide") for name in ("plain", "compiled"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wtn_pretrain.device import device
-from wtn_pretrain.models.base import BlockNetwork, Carry
+from wtn_pretrain.models.base import BlockNetwork, Carry, channels_last
 from wtn_pretrain.planning.training.counted import Absent, allocate, part_of
 from wtn_pretrain.planning.training.layout import Layout
 from wtn_pretrain.planning.training.pace import Passes
@@ -119,6 +119,9 @@ def _timed(work: Work, layout: Layout, part: nn.Module, loss: Callable[[], Tenso
     config = deepspeed_config(single, "wide", 1, 1)
     optimizer = make_optimizer(single.optimizer, decay_groups(part.parameters(), single.optimizer.weight_decay), layout.offload != "none")
     engine, *_ = deepspeed.initialize(model=_Part(part, loss), optimizer=optimizer, config=config)
+    if layout.zero == 0:
+        # as in a run
+        channels_last(part)
     average_only_with_others(engine, 1)
     follow_layers(engine, optimizer)
     rounds = []
