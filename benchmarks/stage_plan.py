@@ -148,7 +148,8 @@ def timed(cases: Sequence[Case], steps: int, repeats: int) -> list[dict[str, Any
     for one, first, then, ranks in zip(cases, before, after, runs, strict=True):
         layout = layout_of(one.work().section, "wide", one.ranks)
         told = [
-            pace(one.work(), layout, passes, link.of(cores(one.ranks)), "cpu") for passes, link in ((first, link_before), (then, link_after))
+            pace(one.work(), layout, passes, link.of(cores(one.ranks)), "cpu")
+            for passes, link in ((first, link_before), (then, link_after))
         ]
         seconds = sum(one.step for one in told) / 2
         seen = median(max(rank.seconds[repeat] for rank in ranks) for repeat in range(repeats))

@@ -100,7 +100,9 @@ def test_a_kind_of_device_decides_time_and_refuses_what_does_not_fit(
     ]
     assert head(shown(capsys, CLUSTER, "--stage", "wide", *common[:-1], "--run.time_limit=60"))["time"] == "0-01:15:00"
     assert head(shown(capsys, CLUSTER, "--stage", "wide", *common, "--time", "30"))["time"] == "0-00:30:00"
-    with pytest.raises(UserError, match=r"^wide: needs \d+ GB a rank on 8 ranks as planned, and of an a100-40's 40 GB 90% can be used; .*fits$"):
+    with pytest.raises(
+        UserError, match=r"^wide: needs \d+ GB a rank on 8 ranks as planned, and of an a100-40's 40 GB 90% can be used; .*fits$"
+    ):
         run("", [CLUSTER, "--stage", "wide", "--device", "a100-40", "--wide.micro_batch_size=512", "--wide.batch_size=4096", "--dry-run"])
     with pytest.raises(UserError, match="--device k80: not known"):
         run("", [CLUSTER, "--device", "k80", "--dry-run"])
