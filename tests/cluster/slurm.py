@@ -86,13 +86,17 @@ class Slurm:
         """Waits until a job is in one of `states` (none given: until it has ended); a requeued job need not wait its two minutes."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE")
         deadline = time.monotonic() + timeout
+        requeued: float | None = None
         while True:
             facts = self.facts(job)
             if facts["JobState"] in (states or ended):
                 return facts
             assert not (states and facts["JobState"] in ended), f"{facts}\n{self.logs()}"
             assert time.monotonic() < deadline, f"job {job} is {facts['JobState']} ({facts['Reason']})\n{self.logs()}"
-            if hurry and facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
+            waits = facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime"
+            requeued = (requeued or time.monotonic()) if waits else None
+            # a node refuses a job that it ended within the same seconds
+            if hurry and requeued and time.monotonic() - requeued > 3:
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", cwd=self.folder)
             time.sleep(0.3)
 

@@ -1,5 +1,6 @@
 """Batch scripts that are filled in from a recipe, and what is refused before anything is submitted."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -232,3 +233,29 @@ def test_the_mark_of_a_run_that_was_told_to_end(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("WTN_MARK", str(tmp_path / "elsewhere" / "mark"))
     mark(tmp_path, "again")
     assert mark_of(tmp_path).read_text() == "again\n" and not (tmp_path / "preempted").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "requeued"),
+    [
+        ("n2: task 1: Exited with exit code 2", 2, False),
+        ("n2: task 1: Exited with exit code 1", 1, False),
+        ("n2: task 1: Exited with exit code 75", 0, True),
+        ("n2: task 1: Killed", 0, True),
+    ],
+)
+def test_a_mistake_of_one_rank_is_no_lost_rank(said: str, code: int, requeued: bool, tmp_path: Path) -> None:
+    """srun ends the other ranks, whose code then is its own."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    ends = f"echo 'srun: error: {said}' >&2; echo 'srun: error: n1: task 0: Terminated' >&2; exit 143"
+    for name, does in (("srun", ends), ("squeue", "echo RUNNING"), ("scontrol", 'echo "scontrol $*"')):
+        (folder / name).write_text(f"#!/bin/bash\n{does}\n")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "5", "SLURM_JOB_NAME": "wide", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    variables = {**os.environ, **job, "SLURM_SUBMIT_DIR": str(tmp_path), "WTN_ROOT": str(ROOT), "VIRTUAL_ENV": "here"}
+    variables["PATH"] = f"{folder}:{variables['PATH']}"
+    done = subprocess.run(["bash", str(FOLDER / "wide.sbatch"), "--config", "x"], capture_output=True, text=True, env=variables)
+    assert (done.returncode, "scontrol requeue 5" in done.stdout) == (code, requeued), done.stdout + done.stderr
+    # what srun says is seen
+    assert said in done.stderr
