@@ -45,13 +45,15 @@ back() {
 # run_ranks SCRIPT [arguments]: one process a rank, logs/JOB-ID/NODE-RANK.log; ends the job, or requeues it if it was told to end or has lost
 # a rank. A rank that is lost within the hour time and again will not be saved by another start.
 run_ranks() {
-  local code=0 lost=0 before own
+  local code=0 lost=0 before own said teeing
   before=$(errors)
   echo "$(date +%FT%T) start ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, logs in $logs"
-  SECONDS=0
+  exec {said}> >(trap "" INT TERM USR1; exec tee "$logs/srun" >&2)
+  teeing=$! SECONDS=0
   srun --kill-on-bad-exit=1 --output="$logs/%n-%t.log" --open-mode=append ${pyxis[@]+"${pyxis[@]}"} \
-    ${within[@]+"${within[@]}"} python -u "$root/$1" "${@:2}" 2> >(trap "" INT TERM USR1; exec tee "$logs/srun" >&2) || code=$?
-  wait $! 2> /dev/null
+    ${within[@]+"${within[@]}"} python -u "$root/$1" "${@:2}" 2>&$said || code=$?
+  exec {said}>&-
+  wait $teeing
   # ranks that srun then ends hide the code of the one that found a mistake
   if [ $code -eq 143 ] && own=$(grep -Eom1 'Exited with exit code (1|2|130)$' "$logs/srun"); then code=${own##* }; fi
   [ $code -eq 0 ] || comm -13 <(echo "$before") <(errors) | tail -1 >&2
