@@ -10,7 +10,22 @@ from typing import Any
 
 import pytest
 
-from tests.running import BERT, RESNET, Forge, Started, equal_bits, kill_at, losses, reached, recipe, records, steps_logged, succeed, weights, write_recipe
+from tests.running import (
+    BERT,
+    RESNET,
+    Forge,
+    Started,
+    equal_bits,
+    kill_at,
+    losses,
+    reached,
+    recipe,
+    records,
+    steps_logged,
+    succeed,
+    weights,
+    write_recipe,
+)
 
 pytestmark = pytest.mark.slow
 
