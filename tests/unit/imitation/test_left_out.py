@@ -148,7 +148,7 @@ def test_units_that_come_and_go_tell_of_each_step_when_all_have_passed_it(tmp_pa
     """The first step that is left out is the second one of a visit of three."""
     left = []
     for name in ("at once", "one by one"):
-        run = opened(tmp_path / name, settings(offload_batches=3))
+        run = opened(tmp_path / name, settings(offload_batches=3, checkpoint_every=100))
         run.imitator.residence.students_move = name == "one by one"
         poison_rows(run, [4])
         run.go()

@@ -9,6 +9,11 @@ import pytest
 from tests.running import BERT, ROOT, recipe, write_recipe
 from wtn_pretrain.again import mark, mark_of, unmark
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.planning import search
+from wtn_pretrain.planning.choose import choose_plan
+from wtn_pretrain.planning.cluster import data_centre
+from wtn_pretrain.planning.command import read_job
+from wtn_pretrain.planning.costs import DATA_CENTRE
 from wtn_pretrain.planning.dispatch import run as plan
 from wtn_pretrain.slurm.command import run
 from wtn_pretrain.slurm.jobs import Log
@@ -100,10 +105,72 @@ def test_a_kind_of_device_decides_time_and_refuses_what_does_not_fit(
     ]
     assert head(shown(capsys, CLUSTER, "--stage", "wide", *common[:-1], "--run.time_limit=60"))["time"] == "0-01:15:00"
     assert head(shown(capsys, CLUSTER, "--stage", "wide", *common, "--time", "30"))["time"] == "0-00:30:00"
-    with pytest.raises(UserError, match=r"^wide: needs \d+ GB a rank on 8 ranks as planned, and of an a100-40's 40 GB 90% can be used; .*fits$"):
+    with pytest.raises(
+        UserError, match=r"^wide: needs \d+ GB a rank on 8 ranks as planned, and of the 40 GB of --device a100-40 90% can be used; .*fits$"
+    ):
         run("", [CLUSTER, "--stage", "wide", "--device", "a100-40", "--wide.micro_batch_size=512", "--wide.batch_size=4096", "--dry-run"])
     with pytest.raises(UserError, match="--device k80: not known"):
         run("", [CLUSTER, "--device", "k80", "--dry-run"])
+
+
+def planned_time(text: str) -> float:
+    """Seconds of the one stage that a script says is planned."""
+    ((_, took, _),) = re.findall(PLANNED, text)
+    value, unit = took.split()
+    return float(value) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[unit]
+
+
+def test_stage_two_takes_what_its_schedule_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As tools/plan.py says of the same device: an H100 at a fifth of its 989 TFLOP/s, four fifths of its links."""
+    monkeypatch.chdir(ROOT)
+    common = ("--stage", "imitate", "--nodes", "2", "--device", "h100")
+    device = ["--flops", "1.978e14", "--memory-bandwidth", "3.35e12", "--overhead", "1e-4", "--node-bandwidth", "3.6e11"]
+    device += ["--bandwidth", "4e10", "--latency", "5e-6", "--memory", "8e10"]
+    took = {}
+    for below in ("joint", "slow", "frozen"):
+        text = shown(capsys, CLUSTER, *common, f"--narrow.below={below}")
+        told = plan("", ["--config", CLUSTER, "--ranks", "16", *device, f"--narrow.below={below}"])
+        whole = re.search(r"^whole stage: (\S+ \w+) on 16 ranks", told, re.MULTILINE)
+        ((_, mine, _),) = re.findall(PLANNED, text)
+        assert whole is not None and mine == whole[1]
+        took[below] = planned_time(text)
+    # four stages: all below run again, in 10 passes of units instead of 4, of which the upper ones are shorter
+    assert took["joint"] == took["slow"] > 2 * took["frozen"]
+
+
+def test_an_automatic_plan_is_that_of_the_named_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    config = "configs/cluster/bert-base-from-large.yaml"
+    arguments = (config, "--stage", "imitate", "--nodes", "2")
+    named, unnamed = (
+        re.findall(r"^# narrow\.plan (\S+) on 16 ranks$", shown(capsys, *arguments, *more), re.MULTILINE)
+        for more in (("--device", "h100"), ())
+    )
+    job = read_job(config, [])
+    # what a rank of the job finds there
+    monkeypatch.setattr(search, "here", lambda: DATA_CENTRE)
+    monkeypatch.setattr(search, "usual", data_centre)
+    monkeypatch.setattr(search, "total_memory", lambda: 80e9)
+    there = choose_plan(job.recipe.narrow, job.thin, job.wide, job.pairing, job.counts, 16, job.length)
+    assert named == [str(there)] != unnamed
+
+
+def test_what_is_not_planned_keeps_its_limit_and_a_sweep_has_that_of_its_longest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    common = ("--nodes", "2", "--device", "h100")
+    chain = shown(capsys, CLUSTER, "--chain", *common, "--compare.scratch=false")
+    scripts = chain.split("#!/usr/bin/env bash\n")[1:]
+    assert ["planned on" in script for script in scripts] == [True, True, True, False]
+    own = head((FOLDER / SCRIPTS["method"]).read_text())
+    assert head(scripts[-1])["time"] == own["time"]
+    long, short = (head(shown(capsys, CLUSTER, "--stage", "wide", *common, f"--wide.steps={steps}"))["time"] for steps in (400000, 200000))
+    assert head(shown(capsys, CLUSTER, "--stage", "wide", *common, "--vary", "wide.steps=200000,400000"))["time"] == long != short
+    message = r"^--vary \(--wide.micro_batch_size=512\): wide: needs \d+ GB a rank on 8 ranks as planned"
+    with pytest.raises(UserError, match=message):
+        sweep = ("--vary", "wide.micro_batch_size=16,512", "--wide.batch_size=4096")
+        run("", [CLUSTER, "--stage", "wide", "--device", "a100-40", *sweep, "--dry-run"])
 
 
 def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytest.CaptureFixture[str]) -> None:
