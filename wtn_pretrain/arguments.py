@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -14,14 +15,15 @@ def command(work: Callable[[], str | int | None], interrupted: str = "interrupte
     """Does the work of a command line and prints what it gives, if that is text; the exit status.
 
     That is what `work` gives, if it is a number, else 0; 2 after a mistake of the user's, which is one line on standard error; 130 where it
-    was interrupted. Whoever reads what is printed may leave before the end, as `head` does.
+    was interrupted. Whoever reads what is printed may leave before the end, as `head` does: nothing is said then, and where there was
+    work left the status is 141, as that of a program which the signal for it ends.
     """
     code = 0
     try:
         found = work()
-        if isinstance(found, str):
-            print(found)
         code = found if isinstance(found, int) else 0
+        if isinstance(found, str):
+            code = _written(lambda: print(found), code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -29,14 +31,34 @@ def command(work: Callable[[], str | int | None], interrupted: str = "interrupte
         print(interrupted, file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        pass
+        # a worker's pipe breaks too, and that is no reader
+        if not _reader_left():
+            raise
+        code = 141
     finally:
-        # the interpreter does it once more when it ends, and would not be silent
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _written(sys.stdout.flush, code)
     return code
+
+
+def _written(write: Callable[[], object], code: int) -> int:
+    """Writes to standard output; the exit status, which is `code` unless there is no place."""
+    try:
+        write()
+    except OSError as error:
+        # the interpreter flushes once more when it ends, and would not be silent
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output: cannot be written ({error.strerror}); send it elsewhere", file=sys.stderr)
+            return 2
+    return code
+
+
+def _reader_left() -> bool:
+    """Whether standard output or standard error goes to a pipe that nobody reads any more."""
+    look = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        look.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in look.poll(0))
 
 
 class Parser(argparse.ArgumentParser):

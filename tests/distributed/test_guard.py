@@ -169,15 +169,19 @@ def imitations(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Imitat
     return Imitations(forge, tmp_path_factory.mktemp("imitations"))
 
 
+def planted_sample(tree: dict[str, Any], cache: Path, step: int) -> int:
+    """One of those that stage 2 is given at a step (from 0)."""
+    made = validate(Recipe, tree)
+    stream = BatchStream(open_task(made, cache).train, made.narrow.batch_size, seed=made.compare.seeds[0])
+    return int(stream.sample_ids(step)[0][9])
+
+
 @pytest.mark.parametrize("name", IMITATIONS)
 def test_imitation_leaves_out_what_one_process_does(name: str, imitations: Imitations, tmp_path: Path) -> None:
     """An image that is no number is in the rows of one replica; all of its units leave the step out, and nobody waits for another."""
     changes = {**SGD, "narrow.init": "random", "narrow.log_every": 1, "narrow.trace": False}
     changes |= {key: value for key, value in IMITATIONS[name].items() if key == "narrow.micro_batch_size"}
-    tree = recipe(RESNET, {"narrow.steps": 30, **changes})
-    made = validate(Recipe, tree)
-    stream = BatchStream(open_task(made, tmp_path / "cache").train, made.narrow.batch_size, seed=made.compare.seeds[0])
-    sample = int(stream.sample_ids(12)[0][9])
+    sample = planted_sample(recipe(RESNET, {"narrow.steps": 30, **changes}), tmp_path / "cache", 12)
     found = []
     for more in ({}, IMITATIONS[name]):
         config = imitations.config(RESNET, {**changes, **more})
@@ -194,3 +198,20 @@ def test_imitation_leaves_out_what_one_process_does(name: str, imitations: Imita
     # rounding of sums over replicas, amplified by 30 steps, as in the tests of pipelines
     tolerance = 5e-4 if "x2" in str(IMITATIONS[name]) else 0.0
     assert apart(alone.weights, together.weights)[0] <= tolerance
+
+
+def test_a_row_that_is_too_long_ends_all_spans(imitations: Imitations, tmp_path: Path) -> None:
+    """Every span meets it by itself, the replicas of the upper one at once: one line, whoever is first."""
+    changes = {**SGD, "narrow.init": "random", "narrow.trace": False, "narrow.max_skipped": 0, "narrow.plan": "0-1,2-3x2"}
+    sample = planted_sample(recipe(RESNET, {"narrow.steps": 30, **changes}), tmp_path / "cache", 12)
+    config = imitations.config(RESNET, changes)
+    arguments = ["--plant", json.dumps({"stage": "narrow", "samples": [sample]}), "--config", str(config)]
+    started = imitations.forge.program(PROGRAM, *arguments, cwd=config.parent, ranks=3)
+    assert started.codes(60) == [2, 2, 2]
+    (line,) = started.errors()
+    found = re.match(
+        r"error: narrow: the loss or the gradient of unit [12] is not finite at step (\d+); the samples are named in (\S+);", line
+    )
+    assert found and int(found[1]) <= 13, line
+    (batch,) = json.loads((config.parent / found[2]).read_text())["batches"]
+    assert batch["step"] == int(found[1]) and sample in batch["indices"]

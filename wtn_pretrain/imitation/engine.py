@@ -120,7 +120,6 @@ class Run:
             Preempted: the notice came; all ranks have saved the same step.
         """
         outbox = Outbox(self.wiring.above, self.imitator.section.in_flight, self._observer.lane) if self.wiring.above else None
-        left_out: list[tuple[int, list[int]]] = []
         for number in range(self.first_phase, len(self.phases)):
             phase = self.phases[number]
             before = sum(earlier.steps for earlier in self.phases[:number])
@@ -152,13 +151,9 @@ class Run:
                 leaving = before + done == self._whole < self.total and self._departure is not None and self._departure.due(self._whole)
                 saving = self.rhythm.due(before + done)
                 reported = self.progress.logs(before + done)
-                left_out += [(before + number + 1, units) for number, units in self.imitator.left_out]
-                self.imitator.left_out.clear()
-                told = None
-                if reported:
-                    told = Told(self._losses(phase, sums), self.imitator.work.skipped, left_out)
-                    left_out = []
-                self.progress.done(before + done, {"phase": phase.name, "lr": rate}, told, now=leaving)
+                left_out = self.imitator.left_out(step)
+                told = Told(self._losses(phase, sums), self.imitator.work.skipped) if reported else None
+                self.progress.done(before + done, {"phase": phase.name, "lr": rate}, told, left_out, now=leaving)
                 self._say_saved()
                 # all ranks save the same steps: one that others have passed already is none of them
                 leaving = leaving and self._together(before + done)

@@ -70,8 +70,8 @@ class Imitator:
         self._others = [rank for rank in replicas.ranks if rank != replicas.ranks[replicas.index]]
         self._learners: dict[tuple[int, ...], Learner] = {}
         self._learning: list[Learner] = []
-        self.left_out: list[tuple[int, list[int]]] = []
-        """Since somebody last emptied it: steps of the phase (from 0), and the units that have left them out. Kept on the first replica."""
+        self._left_out: dict[int, list[list[int]]] = {}
+        """Step of the phase (from 0) -> the units of every learner that has left it out; kept on the first replica."""
 
     def begin(self, phase: Phase) -> None:
         """Sets which units learn, and starts their optimizers afresh."""
@@ -156,7 +156,10 @@ class Imitator:
         """
         rate = self.rate(phase, step)
         with self.observer.work("optimizer"):
-            for learner, look in zip(self._learning, looks(self._learning), strict=True):
+            with self._together():
+                # on an accelerator the host waits here for sums over the replicas
+                found = looks(self._learning)
+            for learner, look in zip(self._learning, found, strict=True):
                 self._step(learner, rate * phase.rates[learner.units[0].index if phase.local else max(phase.rates)], step, look)
         return rate
 
@@ -282,6 +285,13 @@ class Imitator:
                 yield unit, flow, target, taps
                 flow = target
 
+    def left_out(self, step: int) -> list[int]:
+        """The units that have left out a step of the phase (from 0), as the first replica knows. To be asked when all units have passed it:
+        it counts from then on, since in a visit some are ahead of others."""
+        found = self._left_out.pop(step, [])
+        self.work.skipped += len(found)
+        return [unit for units in found for unit in units]
+
     def rate(self, phase: Phase, step: int) -> float:
         """The learning rate of a step, before a unit's share of it."""
         return self.section.optimizer.lr * scale(self.section.schedule_lr, step, phase.steps)
@@ -300,8 +310,7 @@ class Imitator:
         with self._together():
             left_out = learner.step(rate, number, look)
         if left_out and self.replicas.index == 0:
-            self.work.skipped += 1
-            self.left_out.append((number, [unit.index for unit in learner.units]))
+            self._left_out.setdefault(number, []).append([unit.index for unit in learner.units])
 
     def _together(self) -> AbstractContextManager[Any]:
         return self.observer.waiting(*self._others) if self._others else nullcontext()

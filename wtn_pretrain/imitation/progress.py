@@ -21,8 +21,6 @@ class Told(NamedTuple):
     """Unit -> loss."""
     skipped: int
     """Steps that its units have left out so far."""
-    left_out: Sequence[tuple[int, list[int]]]
-    """Those since it last said so: steps (from 1, over all phases) and units."""
 
 
 class Progress:
@@ -35,17 +33,24 @@ class Progress:
         self._looked = time.monotonic()
         self._details: dict[int, dict[str, Any]] = {}
         self._spans = len(wiring.plan.spans)
+        self._heard = 0
+        """Of what spans have said that their units left out, how much stands in the records."""
 
     def logs(self, step: int) -> bool:
         """Whether the losses of a step are to be reported."""
         return step % self._log_every == 0 or step == self._total
 
-    def done(self, step: int, details: Mapping[str, Any], told: Told | None, now: bool = False) -> None:
-        """This rank has done `step` (from 1, over all phases). `told`: at the steps that are logged. `now`: others hear of it at once."""
+    def done(self, step: int, details: Mapping[str, Any], told: Told | None, left_out: Sequence[int] = (), now: bool = False) -> None:
+        """This rank has done `step` (from 1, over all phases). `told`: at the steps that are logged. `left_out`: the units that have left
+        it out. `now`: others hear of it at once."""
         if not self._wiring.leads:
             return
         if told is not None:
             self._store.set(f"told-{step}-{self._wiring.seat.span}", json.dumps(told))
+        if left_out:
+            # with its step, logged or not: a checkpoint may count whose steps have been reported
+            self._store.set(f"left-out-{step}-{self._wiring.seat.span}", json.dumps(list(left_out)))
+            self._store.add("left-out", 1)
         if self._wiring.seat.span == 0:
             self._details[step] = dict(details)
         moment = time.monotonic()
@@ -70,9 +75,9 @@ class Progress:
 
     def _report(self) -> None:
         through = self._start + min(self._store.add(f"at-{span}", 0) for span in range(self._spans))
+        said = self._store.add("left-out", 0)
         for step in range(self._reported + 1, through + 1):
             values = self._details.pop(step)
-            left_out: dict[int, list[int]] = {}
             if self.logs(step):
                 losses: dict[int, float] = {}
                 skipped = 0
@@ -82,13 +87,22 @@ class Progress:
                     self._store.delete_key(key)
                     losses |= {int(unit): value for unit, value in told.losses.items()}
                     skipped += told.skipped
-                    for number, units in told.left_out:
-                        left_out.setdefault(number, []).extend(units)
                 values = {**_shown(losses, self._wiring.plan.units), **values, **({"skipped": skipped} if skipped else {})}
             self._monitor.step(step, values, samples=self._samples)
-            for number in sorted(left_out):
-                self._monitor.event("skipped", step=number, units=sorted(left_out[number]))
+            if said > self._heard and (units := self._left_out(step)):
+                self._monitor.event("skipped", step=step, units=sorted(units))
         self._reported = max(self._reported, through)
+
+    def _left_out(self, step: int) -> list[int]:
+        """The units of all spans that have left out a step, asked once."""
+        units: list[int] = []
+        for span in range(self._spans):
+            key = f"left-out-{step}-{span}"
+            if self._store.check([key]):
+                units += json.loads(self._store.get(key))
+                self._store.delete_key(key)
+                self._heard += 1
+        return units
 
 
 def _shown(losses: Mapping[int, float], units: int) -> dict[str, Any]:

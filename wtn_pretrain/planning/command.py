@@ -16,10 +16,11 @@ from wtn_pretrain.models.resnet.config import ResNetConfig
 from wtn_pretrain.planning.choose import choose_plan
 from wtn_pretrain.planning.cluster import Cluster, Link, data_centre, usual
 from wtn_pretrain.planning.costs import DATA_CENTRE, UnitCost, declared, here
+from wtn_pretrain.planning.duration import streams
 from wtn_pretrain.planning.predict import predict
 from wtn_pretrain.planning.profile import profile
 from wtn_pretrain.planning.search import fed_by, fewest, search
-from wtn_pretrain.planning.show import describe, seconds, streams
+from wtn_pretrain.planning.show import describe, seconds
 from wtn_pretrain.planning.spans import Flow, flow
 from wtn_pretrain.recipe import Recipe, load_recipe
 

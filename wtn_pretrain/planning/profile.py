@@ -1,6 +1,7 @@
 """What a unit costs on the device at hand, measured: one unit is built at a time, and units of one shape are measured once."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -119,7 +120,8 @@ def _measured(piece: Piece, section: ImitateSection, rows: int, fed: str, repeat
 def _learner(unit: Unit, section: ImitateSection, alone: Replicas | None) -> "Learner | _Plain":
     if alone is None:
         return _Plain(unit, section)
-    return Learner([unit], section.model_copy(update={"micro_batch_size": 0}), alone)
+    # what is measured are numbers drawn at random: whether they overflow is nobody's mistake
+    return Learner([unit], section.model_copy(update={"micro_batch_size": 0, "max_skipped": sys.maxsize}), alone)
 
 
 def _seconds(

@@ -20,7 +20,7 @@ from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.imitation.plan import Plan, Span, single
 from wtn_pretrain.models.base import BlockConfig, Flops
 from wtn_pretrain.planning.cluster import Cluster, usual
-from wtn_pretrain.planning.costs import UnitCost, declared, here
+from wtn_pretrain.planning.costs import Device, UnitCost, declared, here
 from wtn_pretrain.planning.spans import Flow, SpanCosts, flow
 
 
@@ -53,17 +53,23 @@ def automatic(
     section: ImitateSection,
     ranks: int,
     length: int | None = None,
+    target: Device | None = None,
+    cluster: Cluster | None = None,
 ) -> Plan:
     """The plan of `narrow.plan: auto`: from declared costs of this kind of device alone, so the same on every rank.
 
     Declared costs are rough: of the plans within a tenth of the fastest it is the leanest. Schedules that do not stream (bottom_up,
-    joint) split every batch over all ranks. `length` of sequences; None: the longest.
+    joint) split every batch over all ranks.
+
+    Args:
+        length: of sequences; None: the longest.
+        target, cluster: where the ranks will run, if not on devices of this kind.
     """
     if ranks == 1 or section.schedule in ("bottom_up", "joint"):
         return single(pairing.units + 1, ranks)
     moving = flow(section, fed_by(section), zero_stage(section))
-    costs = declared(thin, wide, pairing, counts, section, moving.rows, target=here(), fed=moving.fed, length=length, quick=True)
-    return search(costs, usual(ranks)._replace(memory=total_memory()), moving, slack=0.1)
+    costs = declared(thin, wide, pairing, counts, section, moving.rows, target=target or here(), fed=moving.fed, length=length, quick=True)
+    return search(costs, cluster or usual(ranks)._replace(memory=total_memory()), moving, slack=0.1)
 
 
 def fewest(costs: Sequence[UnitCost], cluster: Cluster, flow: Flow, seconds: float) -> int:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.plan import Plan
-from wtn_pretrain.imitation.schedules import Phase, phases
 from wtn_pretrain.planning.cluster import Cluster
 from wtn_pretrain.planning.costs import UnitCost
+from wtn_pretrain.planning.duration import lasting, streams
 from wtn_pretrain.planning.predict import Prediction, Stage, predict
 from wtn_pretrain.planning.simulate import simulate
-from wtn_pretrain.planning.spans import Flow, SpanCosts
+from wtn_pretrain.planning.spans import Flow
 
 WIDTH = 140
 ROWS = 24
@@ -76,26 +76,17 @@ def timeline(prediction: Prediction, packets: int = 4) -> str:
 def totals(plan: Plan, costs: Sequence[UnitCost], cluster: Cluster, flow: Flow, section: ImitateSection) -> str:
     """A line for every phase of the schedule, and how long the stage takes."""
     lines, whole = [], 0.0
-    for phase in phases(section, len(costs) - 1, learns_stem=costs[0].learns):
-        if streams(section):
-            prediction = predict(plan, costs, cluster, flow._replace(fed=phase.fed))
-            step, total = prediction.step, prediction.seconds(phase.steps)
+    for phase, step, total, prediction in lasting(plan, costs, cluster, flow, section):
+        rest = ""
+        if prediction is not None:
             idle = sum(prediction.idle(stage) * stage.span.replicas for stage in prediction.stages) / plan.ranks
             rest = f", {100 * idle:.1f}% idle, filled after {seconds(prediction.fill)}"
-        else:
-            step = _split_step(phase, costs, cluster.sized(plan.ranks), flow)
-            total, rest = step * phase.steps, ""
         whole += total
         rate = section.batch_size / step
         lines.append(f"{phase.name}: {phase.steps:,} steps of {seconds(step)}, {rate:,.0f} samples/s{rest}: {seconds(total)}")
     if len(lines) > ROWS:
         lines = [*lines[: ROWS // 2], "...", *lines[-ROWS // 2 :]]
     return "\n".join([*lines, f"whole stage: {seconds(whole)} on {plan.ranks} ranks (data, validation and start-up not counted)"])
-
-
-def streams(section: ImitateSection) -> bool:
-    """Whether micro-batches stream through spans; the other schedules split every batch over all ranks."""
-    return section.schedule in ("hybrid", "parallel")
 
 
 def seconds(value: float) -> str:
@@ -131,12 +122,3 @@ def _spread(share: list[dict[str, float]], kind: str, start: float, end: float) 
     for cell in range(int(start), min(math.ceil(end), len(share))):
         covered = min(end, cell + 1) - max(start, cell)
         share[cell][kind] = share[cell].get(kind, 0.0) + covered
-
-
-def _split_step(phase: Phase, costs: Sequence[UnitCost], cluster: Cluster, flow: Flow) -> float:
-    """Seconds of a step whose batch is split over all ranks: of the unit that learns, or of all up to the highest one."""
-    spans = SpanCosts(costs, cluster, flow._replace(fed="student"))
-    crosses = cluster.ranks > cluster.per_node
-    units = phase.losses if phase.cached else range(max(phase.losses) + 1)
-    each = [spans.teacher(u) + spans.student(u) + spans.step(u) + spans.reduced(u, crosses) for u in units]
-    return float(sum(each)[cluster.ranks - 1]) * flow.accumulation  # type: ignore[index]

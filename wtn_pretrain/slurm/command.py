@@ -26,7 +26,7 @@ from wtn_pretrain.planning.spans import flow
 from wtn_pretrain.planning.training.devices import ACCELERATORS
 from wtn_pretrain.recipe import Recipe
 from wtn_pretrain.slurm.jobs import cancel, follow, submit
-from wtn_pretrain.slurm.needs import needs
+from wtn_pretrain.slurm.needs import Need, needs, settled
 from wtn_pretrain.slurm.script import ENTRY, FOLDER, ROOT, SCRIPTS, SWEEP, Size, fill, minutes
 
 ASKS = {"wide": ("wide",), "imitate": ("narrow",), "finetune": ("finetune",), "method": STAGES}
@@ -130,18 +130,18 @@ def _script(job: Job, stage: str, options: argparse.Namespace, assignments: list
     recipe = job.recipe
     name = f"{recipe.run.name}-{stage}"
     comments = [f"narrow.plan {plan} on {plan.ranks} ranks"] if plan is not None else []
+    lines = _elements(options.vary, recipe.run.name)
+    # a job has as long as its longest element
+    runs = [_element(line, stage, options, assignments, size) for line in lines] or [_needs(job, plan, stage, options, size)]
+    found = max(runs, key=lambda run: sum(need.seconds for need in run))
     planned = 0.0
-    if options.device:
-        found = needs(job, _works_on(stage, options.chain, recipe), plan, size.ranks, size.per_node, options.device)
+    if found:
         comments.append(f"planned on {options.device}: {'; '.join(map(str, found))}")
         planned = SPARE * sum(need.seconds for need in found) / 60 + LIMIT_MARGIN
     limit = options.time or (recipe.run.time_limit and recipe.run.time_limit + LIMIT_MARGIN) or planned
     head: dict[str, str | None] = {"job-name": name, **size.options()}
     if limit:
         head["time"] = minutes(limit)
-    lines = _elements(options.vary, recipe.run.name)
-    for line in lines:
-        _require_element(line, options.config, assignments, size.ranks, stage)
     if lines:
         head["array"] = f"0-{len(lines) - 1}"
     for option in options.option:
@@ -157,6 +157,17 @@ def _script(job: Job, stage: str, options: argparse.Namespace, assignments: list
     text = fill((FOLDER / (SWEEP if lines else SCRIPTS[stage])).read_text(encoding="utf-8"), head, variables, comments)
     given = ["--config", options.config, *(f"--{assignment}" for assignment in assignments)]
     return Script(stage, folder / f"{stage}.sbatch", text, given, sweep, lines)
+
+
+def _needs(job: Job, plan: Plan | None, stage: str, options: argparse.Namespace, size: Size) -> list[Need]:
+    """What is planned of a job's stages; nothing where no device is named, or none of them trains.
+
+    Raises:
+        UserError: the device is not known, or does not do what a stage asks of it.
+    """
+    if not options.device:
+        return []
+    return needs(job, _works_on(stage, options.chain, job.recipe), plan, size.ranks, size.per_node, options.device)
 
 
 def _works_on(stage: str, chained: bool, recipe: Recipe) -> tuple[str, ...]:
@@ -181,12 +192,23 @@ def _size(job: Job, stage: str, options: argparse.Namespace) -> tuple[Size, Plan
     elif fixed is not None and per_node is None:
         per_node = max(1, fixed // nodes)
     nodes, per_node = nodes or 1, per_node or PER_NODE
-    plan = require_fit(job.recipe, job.thin, job.wide, job.pairing, job.counts, job.length, nodes * per_node, ASKS[stage])
+    plan = _fitting(job, stage, options, nodes * per_node)
     gpus = per_node if options.gpus_per_node is None else options.gpus_per_node
     memory = options.memory
     if memory is None:
         memory = _memory(job, plan, per_node) if plan is not None and not gpus else "0"
     return Size(nodes, per_node, gpus, options.cpus_per_rank or 1 + job.recipe.data.workers, memory), plan
+
+
+def _fitting(job: Job, stage: str, options: argparse.Namespace, ranks: int) -> Plan | None:
+    """The plan of stage 2, if it is part of the job: on the named device's kind, or else on this one.
+
+    Raises:
+        UserError: the ranks do not fit the plan or a batch.
+    """
+    if options.device and "narrow" in ASKS[stage]:
+        job = settled(job, ranks, options.device)
+    return require_fit(job.recipe, job.thin, job.wide, job.pairing, job.counts, job.length, ranks, ASKS[stage])
 
 
 def _planned_ranks(job: Job) -> int | None:
@@ -235,15 +257,15 @@ def _plain(value: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", value).strip("_")
 
 
-def _require_element(line: str, config: str, assignments: list[str], ranks: int, stage: str) -> None:
-    """Refuses an element of a sweep whose configuration is wrong or does not fit the ranks that all of them are given.
+def _element(line: str, stage: str, options: argparse.Namespace, assignments: list[str], size: Size) -> list[Need]:
+    """What is planned of an element of a sweep, whose configuration must be right and fit the ranks that all of them are given.
 
     Raises:
         UserError: as for a run of its own, and which element it is.
     """
     try:
-        job = read_job(config, [*assignments, *assignments_of(line.split())])
-        require_fit(job.recipe, job.thin, job.wide, job.pairing, job.counts, job.length, ranks, ASKS[stage])
+        job = read_job(options.config, [*assignments, *assignments_of(line.split())])
+        return _needs(job, _fitting(job, stage, options, size.ranks), stage, options, size)
     except UserError as error:
         raise UserError(f"--vary ({line.partition(' ')[2]}): {error}") from None
 

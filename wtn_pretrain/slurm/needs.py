@@ -7,11 +7,13 @@ from typing import NamedTuple
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.learner import zero_stage
 from wtn_pretrain.imitation.plan import Plan
+from wtn_pretrain.planning.cluster import data_centre
 from wtn_pretrain.planning.command import Job
-from wtn_pretrain.planning.costs import Device
+from wtn_pretrain.planning.costs import DATA_CENTRE, Device
 from wtn_pretrain.planning.costs import declared as declared_units
+from wtn_pretrain.planning.duration import lasting
 from wtn_pretrain.planning.predict import predict
-from wtn_pretrain.planning.search import fed_by
+from wtn_pretrain.planning.search import automatic, fed_by
 from wtn_pretrain.planning.show import seconds
 from wtn_pretrain.planning.spans import flow
 from wtn_pretrain.planning.training.command import work_of
@@ -34,6 +36,21 @@ class Need(NamedTuple):
         return f"{self.stage} {seconds(self.seconds)}, {self.memory / 1e9:.3g} GB a rank"
 
 
+def settled(job: Job, ranks: int, name: str) -> Job:
+    """`job` with the plan that `narrow.plan: auto` will be on so many ranks of an accelerator, whatever is here.
+
+    Raises:
+        UserError: there is no such accelerator, or no plan fits its memory.
+    """
+    device = accelerator(name)
+    if job.recipe.narrow.plan != "auto":
+        return job
+    there = data_centre(ranks)._replace(memory=device.memory)
+    plan = automatic(job.thin, job.wide, job.pairing, job.counts, job.recipe.narrow, ranks, job.length, DATA_CENTRE, there)
+    narrow = job.recipe.narrow.model_copy(update={"plan": str(plan)})
+    return job._replace(recipe=job.recipe.model_copy(update={"narrow": narrow}))
+
+
 def needs(job: Job, stages: Sequence[str], plan: Plan | None, ranks: int, per_node: int, name: str) -> list[Need]:
     """What `stages` take on so many ranks of an accelerator by name; `plan`: that of stage 2, where it is among them.
 
@@ -49,8 +66,8 @@ def needs(job: Job, stages: Sequence[str], plan: Plan | None, ranks: int, per_no
         if made.memory > ROOM * device.memory:
             shown = f"tools/plan.py --stage {stage} --ranks {ranks}" + (f" --device {name}" if stage != "narrow" else "")
             raise UserError(
-                f"{stage}: needs {made.memory / 1e9:.3g} GB a rank on {ranks} ranks as planned, and of an {name}'s "
-                f"{device.memory / 1e9:.3g} GB {ROOM:.0%} can be used; {shown} shows what fits"
+                f"{stage}: needs {made.memory / 1e9:.3g} GB a rank on {ranks} ranks as planned, and of the {device.memory / 1e9:.3g} GB of "
+                f"--device {name} {ROOM:.0%} can be used; {shown} shows what fits"
             )
         found.append(made)
     return found
@@ -69,12 +86,12 @@ def _imitation(job: Job, plan: Plan | None, ranks: int, per_node: int, device: A
     assert plan is not None
     section = job.recipe.narrow
     reached = rates(device, section.precision, USE["text" if job.length else "images"])
+    machines = cluster(device, ranks, per_node)
     moving = flow(section, fed_by(section), zero_stage(section))
     target = Device(reached.flops, reached.bandwidth, reached.overhead)
     costs = declared_units(
         job.thin, job.wide, job.pairing, job.counts, section, moving.rows, target=target, fed=moving.fed, length=job.length
     )
-    found = predict(plan, costs, cluster(device, ranks, per_node), moving)
-    # bottom_up takes as many steps for each unit, of which each costs as much as that unit
-    total = len(job.recipe.compare.seeds) * section.steps * found.step
-    return Need("narrow", total, max(float(stage.memory.total) for stage in found.stages))
+    memory = max(float(stage.memory.total) for stage in predict(plan, costs, machines, moving).stages)
+    once = sum(phase.seconds for phase in lasting(plan, costs, machines, moving, section))
+    return Need("narrow", len(job.recipe.compare.seeds) * once, memory)

@@ -18,6 +18,7 @@ from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.engine import Run, open_stream
 from wtn_pretrain.imitation.imitator import Imitator
 from wtn_pretrain.imitation.learner import Learner
+from wtn_pretrain.training.monitor import METRICS, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -78,6 +79,11 @@ def opened(folder: Path, chosen: ImitateSection, name: str = "resnet inner") -> 
     return Run(imitator, order, open_stream(stream.dataset, chosen, stream.seed), folder)
 
 
+def skipped(folder: Path) -> list[tuple[int, list[int]]]:
+    """The steps that were left out, and by which units."""
+    return [(event["step"], event["units"]) for event in records(folder, "event") if event["name"] == "skipped"]
+
+
 def same(left: Any, right: Any) -> bool:
     """Bit for bit, whatever is nested in what."""
     if isinstance(left, Tensor):
@@ -110,7 +116,7 @@ def test_a_gradient_that_is_no_number_holds_up_its_unit_alone(name: str, clip: f
             assert not same(states[step], states[step - 1])
     told = records(run.folder)
     assert [record.get("skipped") for record in told] == [None] * 3 + [1] * 5
-    assert [(event["step"], event["units"]) for event in records(run.folder, "event") if event["name"] == "skipped"] == [(4, [2])]
+    assert skipped(run.folder) == [(4, [2])]
     # its loss was a number
     assert all(record["units"][2] is not None for record in told)
     assert run.imitator.work.skipped == 1
@@ -136,6 +142,25 @@ def test_an_image_that_is_no_number_holds_up_all_units(schedule: str, tmp_path: 
     ]
     units = 1 if schedule in ("joint", "bottom_up") else 3
     assert told[-1]["skipped"] == len(left_out) * phases * units
+
+
+def test_units_that_come_and_go_tell_of_each_step_when_all_have_passed_it(tmp_path: Path) -> None:
+    """The first step that is left out is the second one of a visit of three."""
+    left = []
+    for name in ("at once", "one by one"):
+        run = opened(tmp_path / name, settings(offload_batches=3, checkpoint_every=100))
+        run.imitator.residence.students_move = name == "one by one"
+        poison_rows(run, [4])
+        run.go()
+        left.append(run)
+    mine, other = left
+    for field in ("step", "loss", "skipped"):
+        assert [record.get(field) for record in records(mine.folder)] == [record.get(field) for record in records(other.folder)]
+    assert skipped(mine.folder) == skipped(other.folder) and (5, [1, 2, 3]) in skipped(mine.folder)
+    # an event never stands before its step
+    told = [(record["step"], record["kind"]) for record in read_metrics(other.folder / METRICS)]
+    assert [step for step, _ in told] == sorted(step for step, _ in told)
+    assert all(equal_bits(one.own_state(), two.own_state()) for one, two in zip(mine.imitator.units, other.imitator.units, strict=True))
 
 
 def test_the_weights_after_a_step_that_is_left_out_are_saved(tmp_path: Path) -> None:
@@ -187,12 +212,12 @@ class Killed(Exception):
     """Of a run, in the midst of a row of steps that are left out."""
 
 
-@pytest.mark.parametrize("allowed", [2, 3])
-def test_a_start_goes_on_within_a_row(allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three in a row, the run killed after the second: the row is as long as if it had not been."""
+@pytest.mark.parametrize(("allowed", "log_every"), [(2, 1), (3, 1), (3, 100)])
+def test_a_start_goes_on_within_a_row(allowed: int, log_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three in a row, the run killed after the second: the row is as long as if it had not been, and all of it stands in the records."""
 
     def start(name: str, before: Callable[[Run], object] = lambda run: None) -> Run:
-        run = opened(tmp_path / name, settings(max_skipped=allowed, checkpoint_every=1, checkpoint_keep=9))
+        run = opened(tmp_path / name, settings(max_skipped=allowed, checkpoint_every=1, checkpoint_keep=9, log_every=log_every))
         poison_rows(run, [2, 3, 4])
         before(run)
         return run
@@ -223,6 +248,7 @@ def test_a_start_goes_on_within_a_row(allowed: int, tmp_path: Path, monkeypatch:
         except UserError as error:
             ends.append(str(error).replace(str(one.folder), ""))
     assert ends[0] == ends[1]
+    assert skipped(again.folder) == skipped(whole.folder) and skipped(whole.folder)[:2] == [(3, [1, 2, 3]), (4, [1, 2, 3])]
     assert ("at step 5, after 2 steps in a row" in ends[0]) == (allowed == 2)
     if allowed == 3:
         assert all(

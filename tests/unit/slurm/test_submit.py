@@ -10,6 +10,11 @@ import pytest
 from tests.running import BERT, ROOT, recipe, write_recipe
 from wtn_pretrain.again import mark, mark_of, unmark
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.planning import search
+from wtn_pretrain.planning.choose import choose_plan
+from wtn_pretrain.planning.cluster import data_centre
+from wtn_pretrain.planning.command import read_job
+from wtn_pretrain.planning.costs import DATA_CENTRE
 from wtn_pretrain.planning.dispatch import run as plan
 from wtn_pretrain.slurm.command import run
 from wtn_pretrain.slurm.jobs import Log
@@ -71,42 +76,84 @@ def test_the_plan_decides_ranks_and_memory(config: str, capsys: pytest.CaptureFi
     assert [head(script)["job-name"] for script in scripts] == ["bert-wide", "bert-imitate", "bert-finetune", "bert-method"]
 
 
-CLUSTER = "configs/cluster/resnet50-win.yaml"
+LARGE = "configs/cluster/bert-base-from-large.yaml"
 PLANNED = r"(\w+) ([\d.]+ \w+), ([\d.]+) GB a rank"
+H100 = ("--device", "h100", "--run.time_limit=0")
+STEPS = 2_000_000_000
 
 
-def test_a_kind_of_device_decides_time_and_refuses_what_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    common = ("--nodes", "2", "--device", "h100", "--run.time_limit=0")
-    wide, imitate = (shown(capsys, CLUSTER, "--stage", stage, *common) for stage in ("wide", "imitate"))
-    told = plan("", ["--config", CLUSTER, "--stage", "wide", "--ranks", "16", "--device", "h100"])
+def planned(text: str) -> list[list[str]]:
+    """What every script says is planned: the stages, one after the other."""
+    return [[stage for stage, *_ in re.findall(PLANNED, line)] for line in re.findall(r"^# planned on h100: (.*)$", text, re.MULTILINE)]
+
+
+def test_a_kind_of_device_decides_time(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    long = (*H100, f"--wide.steps={STEPS}")
+    wide = shown(capsys, config, "--stage", "wide", *long)
+    told = plan("", ["--config", config, "--stage", "wide", "--ranks", "8", "--device", "h100", long[-1]])
     # what the plan tells of the recipe's own layout
     ((stage, took, held),) = re.findall(PLANNED, wide)
-    own = next(line for line in told.splitlines() if line.startswith("as the recipe has it"))
-    assert stage == "wide" and f"{float(held):.1f}" in own and took in own
-    assert [stage for stage, *_ in re.findall(PLANNED, imitate)] == ["narrow"]
-    days, hours, minutes = map(int, re.fullmatch(r"(\d+)-(\d+):(\d+):00", head(wide)["time"]).groups())  # type: ignore[union-attr]
+    own = told[told.index("as the recipe has it") :].split("\n\n")[0]
+    assert stage == "wide" and f"memory of a rank {held} of" in own and f"steps: {took}," in own
+    days, hours, rest = map(int, re.fullmatch(r"(\d+)-(\d+):(\d+):00", head(wide)["time"]).groups())  # type: ignore[union-attr]
     value, unit = took.split()
-    planned = float(value) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[unit] / 60
-    assert abs((days * 24 + hours) * 60 + minutes - (1.5 * planned + 15)) < 0.01 * planned + 1
-    # a chain: the last job has the baseline alone; the run's own limit and --time come first
-    chain = shown(capsys, CLUSTER, "--chain", *common)
-    assert [[stage for stage, *_ in re.findall(PLANNED, line)] for line in re.findall(r"^# planned .*$", chain, re.MULTILINE)] == [
-        ["wide"],
-        ["narrow"],
-        ["finetune"],
-        ["scratch"],
-    ]
-    assert head(shown(capsys, CLUSTER, "--stage", "wide", *common[:-1], "--run.time_limit=60"))["time"] == "0-01:15:00"
-    assert head(shown(capsys, CLUSTER, "--stage", "wide", *common, "--time", "30"))["time"] == "0-00:30:00"
-    with pytest.raises(
-        UserError, match=r"^wide: needs \d+ GB a rank on 8 ranks as planned, and of an a100-40's 40 GB 90% can be used; .*fits$"
-    ):
-        run("", [CLUSTER, "--stage", "wide", "--device", "a100-40", "--wide.micro_batch_size=512", "--wide.batch_size=4096", "--dry-run"])
+    minutes = float(value) * {"min": 1, "h": 60, "days": 1440}[unit]
+    # rounded to three digits, or a tenth of a day
+    assert abs((days * 24 + hours) * 60 + rest - (1.5 * minutes + 15)) < 0.01 * minutes + 110
+    # the run's own limit and --time come first
+    assert head(shown(capsys, config, "--stage", "wide", *long, "--run.time_limit=60"))["time"] == "0-01:15:00"
+    assert head(shown(capsys, config, "--stage", "wide", *long, "--time", "30"))["time"] == "0-00:30:00"
+    # the last job of a chain has the baseline alone; without it, as long as where nothing is planned
+    chain = shown(capsys, config, "--chain", *H100, "--compare.scratch=false")
+    assert planned(chain) == [["wide"], ["narrow"], ["finetune"]]
+    assert head(chain.split("#!/usr/bin/env bash")[-1])["time"] == head((FOLDER / SCRIPTS["method"]).read_text())["time"]
+    assert planned(shown(capsys, config, *H100)) == [["wide", "narrow", "finetune", "scratch"]]
+    # all elements of a sweep have as long as the longest one
+    assert head(shown(capsys, config, "--stage", "wide", *H100, "--vary", f"wide.steps={STEPS},10"))["time"] == head(wide)["time"]
+
+
+def test_what_does_not_fit_a_kind_of_device_is_refused(config: str) -> None:
+    message = (
+        r"wide: needs [\d.]+ GB a rank on 8 ranks as planned, and of the 40 GB of --device a100-40 90% can be used; .* shows what fits$"
+    )
+    common = [config, "--stage", "wide", "--device", "a100-40", "--wide.batch_size=8000000", "--dry-run"]
+    with pytest.raises(UserError, match="^" + message):
+        run("", [*common, "--wide.micro_batch_size=1000000"])
+    with pytest.raises(UserError, match=r"^--vary \(--wide.micro_batch_size=1000000\): " + message):
+        run("", [*common, "--vary", "wide.micro_batch_size=8,1000000"])
     with pytest.raises(UserError, match="--device k80: not known"):
-        run("", [CLUSTER, "--device", "k80", "--dry-run"])
+        run("", [config, "--device", "k80", "--dry-run"])
+
+
+def test_stage_two_takes_what_its_schedule_takes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As tools/plan.py says of the same device: an H100 at two fifths of its 67 TFLOP/s in fp32, four fifths of its links."""
+    device = ["--flops", "2.68e13", "--memory-bandwidth", "3.35e12", "--overhead", "1e-4", "--node-bandwidth", "3.6e11"]
+    device += ["--bandwidth", "4e10", "--latency", "5e-6", "--memory", "8e10"]
+    took = {}
+    for below in ("joint", "slow", "frozen"):
+        schedule = ("--narrow.schedule=bottom_up", f"--narrow.below={below}", f"--narrow.steps={STEPS}")
+        ((_, mine, _),) = re.findall(PLANNED, shown(capsys, config, "--stage", "imitate", *H100, *schedule))
+        told = plan("", ["--config", config, "--ranks", "8", *device, *schedule])
+        assert f"\nwhole stage: {mine} on 8 ranks" in told
+        took[below] = float(mine.removesuffix(" days"))
+    # three units alike: 1 + 2 + 3 of them run, with the stem, instead of 3
+    assert took["joint"] == took["slow"] > 1.9 * took["frozen"]
+
+
+def test_an_automatic_plan_is_that_of_the_named_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = (LARGE, "--stage", "imitate", "--nodes", "2")
+    named, unnamed = (
+        re.findall(r"^# narrow\.plan (\S+) on 16 ranks$", shown(capsys, *arguments, *more), re.MULTILINE)
+        for more in (("--device", "h100"), ())
+    )
+    job = read_job(LARGE, [])
+    # what a rank of the job finds there
+    monkeypatch.setattr(search, "here", lambda: DATA_CENTRE)
+    monkeypatch.setattr(search, "usual", data_centre)
+    monkeypatch.setattr(search, "total_memory", lambda: 80e9)
+    there = choose_plan(job.recipe.narrow, job.thin, job.wide, job.pairing, job.counts, 16, job.length)
+    assert named == [str(there)] != unnamed
 
 
 def test_a_sweep_has_an_element_for_every_combination(config: str, capsys: pytest.CaptureFixture[str]) -> None:
