@@ -141,14 +141,16 @@ def link_here() -> Connection:
 def timed(cases: Sequence[Case], steps: int, repeats: int) -> list[dict[str, Any]]:
     """Seconds of a step of each case, predicted and measured."""
     # a machine that others use drifts while the cases run
-    before, link_before = passes_here(cases, 5 if repeats > 1 else 1), link_here()
+    talks = any(one.ranks > 1 for one in cases)
+    before, link_before = passes_here(cases, 5 if repeats > 1 else 1), link_here() if talks else None
     runs = [trained(one, 2, steps, repeats, tight=False) for one in cases]
-    link_after, after = link_here(), passes_here(cases, 5 if repeats > 1 else 1)
+    link_after, after = link_here() if talks else None, passes_here(cases, 5 if repeats > 1 else 1)
     found = []
     for one, first, then, ranks in zip(cases, before, after, runs, strict=True):
         layout = layout_of(one.work().section, "wide", one.ranks)
+        machines = cores(one.ranks)
         told = [
-            pace(one.work(), layout, passes, link.of(cores(one.ranks)), "cpu")
+            pace(one.work(), layout, passes, link.of(machines) if link else machines, "cpu")
             for passes, link in ((first, link_before), (then, link_after))
         ]
         seconds = sum(one.step for one in told) / 2
