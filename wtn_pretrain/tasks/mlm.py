@@ -71,7 +71,7 @@ class MlmTask(Task):
         self._shorter = {
             length: masked(open_text(data.model_copy(update={"sequence_length": length}), cache).train) for _, length in data.lengths
         }
-        self.length = data.sequence_length
+        self.length, self.longest = data.sequence_length, config.max_positions
         self.predictions = masker.slots(data.sequence_length)
         self.workers = data.workers
 
@@ -124,7 +124,12 @@ class MlmTask(Task):
         return probes
 
     def save_preprocessing(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
+        # so that programs which cut long texts know where; here nothing is cut by the tokenizer
+        limit, self.tokenizer.model_max_length = self.tokenizer.model_max_length, self.longest
+        try:
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.model_max_length = limit
 
     def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
         """The training batches of a stage of `steps` steps, of the lengths that `data.lengths` says; `settings` are those of
