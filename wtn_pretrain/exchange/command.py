@@ -200,7 +200,9 @@ def _finished(folder: Path, stage: str) -> tuple[BlockNetwork, list[Path]]:
     """The network that a finished stage has left."""
     if not (folder / "model.json").exists() and (folder / "checkpoints").exists():
         if stage == "narrow":
-            raise UserError(f"{folder}: holds blocks that are still learning, bridged or not yet merged, and no plain network; let stage 2 finish")
+            raise UserError(
+                f"{folder}: holds blocks that are still learning, bridged or not yet merged, and no plain network; let stage 2 finish"
+            )
         raise UserError(f"{folder}: has not finished; let it, or export a checkpoint of it with --checkpoint {folder}/checkpoints/stepN")
     RunFolder.check_network(folder)
     return load_network(folder), [folder / "model.safetensors"]

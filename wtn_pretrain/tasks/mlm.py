@@ -1,5 +1,6 @@
 """Masked language modelling, with next-sentence or sentence-order prediction where the network has the head for it."""
 
+import json
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
@@ -22,6 +23,7 @@ from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.data.text import TextData, open_text
 from wtn_pretrain.data.work import mean_work
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.tasks.base import Metric, Task, classified
@@ -130,6 +132,11 @@ class MlmTask(Task):
             self.tokenizer.save_pretrained(folder)
         finally:
             self.tokenizer.model_max_length = limit
+        told = folder / "tokenizer_config.json"
+        settings = json.loads(told.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            # its name before transformers 5, which every version opens
+            write_text(told, json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
     def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
         """The training batches of a stage of `steps` steps, of the lengths that `data.lengths` says; `settings` are those of

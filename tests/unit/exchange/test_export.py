@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wtn_pretrain.data.images import ImageData
+from wtn_pretrain.data.prepare.sentencepiece_model import read_sentencepiece
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.card import Origin
@@ -124,6 +125,27 @@ def test_a_bert_for_hugging_face_and_as_standard_onnx(text: MlmTask, tmp_path: P
     best = logits.softmax(-1).topk(5)
     assert [answer["token"] for answer in answers] == best.indices[0].tolist()
     assert [answer["score"] for answer in answers] == pytest.approx(best.values[0].tolist(), rel=1e-4)
+
+
+def test_a_bert_of_sentence_pieces_for_hugging_face(tmp_path: Path, shared: Any) -> None:
+    """Under a class that every version of transformers has, and to the same ids."""
+    from transformers import AutoTokenizer, pipeline
+
+    words = tmp_path / "words"
+    read_sentencepiece(shared("fixtures") / "sentencepiece" / "test_model.model").save_pretrained(words)
+    data = TextData(source="pydoc", tokenizer=str(words), sequence_length=16, limit_mb=0.05)
+    task = MlmTask(MlmSection(), data, BERT, tmp_path / "data")
+    network = made(task, BERT.model_copy(update={"layers": 1, "max_positions": 32}))
+    export_network(network, task, ["hf"], tmp_path / "out", section(samples=16))
+    folder = tmp_path / "out" / "hf"
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    sentence = f"I saw a {task.tokenizer.mask_token} with a telescope."
+    inputs = task.tokenizer(sentence, return_tensors="pt")
+    assert AutoTokenizer.from_pretrained(folder)(sentence).input_ids == inputs["input_ids"][0].tolist()
+    answers = pipeline("fill-mask", model=str(folder), device="cpu")(sentence)
+    with torch.no_grad():
+        logits = network(dict(inputs))[inputs["input_ids"] == task.tokenizer.mask_token_id]
+    assert [answer["token"] for answer in answers] == logits.topk(5).indices[0].tolist()
 
 
 CIFAR = ResNetConfig(block="basic", stem="cifar", channels=(4, 8), depths=(1, 1), stem_channels=4)
