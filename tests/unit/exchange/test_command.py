@@ -99,12 +99,13 @@ def test_the_pipeline_classifies_as_the_network_does(run: Path, tmp_path: Path) 
 
 def test_any_stage_from_python(run: Path) -> None:
     for stage in ("wide", "narrow"):
-        written = wtn_pretrain.export(run, ["hf", "torchvision"], stage=stage)
+        written = wtn_pretrain.export(run, ["hf", "torchvision"], stage=stage, license="no: warranty", tolerance=None)
         assert "refused" in written["torchvision"]
         folder = run / "export" / stage / "hf"
         if stage == "wide":
             assert "no inner-widened blocks" in written["hf"]["refused"] and not folder.exists()
             continue
+        assert "\nno: warranty\n" in (folder / "README.md").read_text()
         back, kept = wtn_pretrain.load(folder).state_dict(), weights(run / stage)
         assert all(torch.equal(value, back[name]) for name, value in kept.items())
     assert wtn_pretrain.load(run, stage="wide").config != wtn_pretrain.load(run).config
