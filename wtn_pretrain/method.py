@@ -11,7 +11,7 @@ from wtn_pretrain.device import device, hardware
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.command import brief, commit, describe, standing
 from wtn_pretrain.exchange.files import digest
-from wtn_pretrain.exchange.write import export_network
+from wtn_pretrain.exchange.write import MissedError, export_network
 from wtn_pretrain.models.base import BlockConfig, parameter_count
 from wtn_pretrain.models.store import load_network
 from wtn_pretrain.planning.fit import require_fit
@@ -47,7 +47,12 @@ def run_method(stages: Stages) -> Summary | None:
     stages.folder.check_network(start)
     thin = load_network(start)
     origin = describe(recipe, stages.folder.path, "finetune", stages.task, {"model.safetensors": digest(start / "model.safetensors")})
-    written = export_network(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export, origin)
+    missed: MissedError | None = None
+    try:
+        written = export_network(thin, stages.task, recipe.export.formats, stages.folder.path / "export", recipe.export, origin)
+    except MissedError as error:
+        # what the training has come to is told all the same
+        written, missed = error.written, error
     thin_shape, wide_shape = _shape(stages, stages.thin), _shape(stages, stages.wide_shape)
     win = WinArm(
         **Arm.statistics([result["metric"] for result in finetune]),
@@ -78,6 +83,8 @@ def run_method(stages: Stages) -> Summary | None:
     print(table([summary]))
     print("\n".join(standing(name, result) for name, result in written.items()))
     print(f"report: {report}")
+    if missed is not None:
+        raise missed
     return summary
 
 

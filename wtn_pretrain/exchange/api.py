@@ -1,5 +1,6 @@
 """Export and load from Python."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def export(
         UserError: there is no such network, or an export misses its tolerance; nothing of it is then left behind.
     """
     formats = [to] if isinstance(to, str) else to
-    assignments = [f"export.{key}={value}" for key, value in settings.items()]
+    # as JSON, for YAML would read words and colons of plain text in ways of its own
+    assignments = [f"export.{key}={json.dumps(value)}" for key, value in settings.items()]
     return export_from(
         Path(run),
         formats,

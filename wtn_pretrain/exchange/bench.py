@@ -47,7 +47,7 @@ def run(doc: str, argv: list[str]) -> None:
     figures: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "commit": commit(),
-        "hardware": f"{hardware()} of {os.cpu_count()} cores, {options.threads} threads",
+        "hardware": f"{hardware()} of {os.cpu_count()} cores",
         "torch": torch.__version__,
         "command": f"python tools/bench_latency.py {shlex.join(argv)}",
         "preset": options.preset,

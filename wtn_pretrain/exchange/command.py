@@ -69,7 +69,7 @@ def export_run(doc: str, argv: Sequence[str]) -> str:
     if (options.run is None) == (options.config is None):
         raise UserError("export: give the folder of a run, or its config.yaml as --config")
     run = options.run if options.run is not None else _run_of(options.config, assignments)
-    names = None if options.to is None else tuple(name for name in options.to.split(",") if name)
+    names = None if options.to is None else tuple(name.strip() for name in options.to.split(","))
     written = export_from(
         run, names, stage=options.stage, seed=options.seed, checkpoint=options.checkpoint, out=options.out, assignments=assignments
     )
@@ -96,9 +96,10 @@ def export_from(
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: holds no run (no config.yaml); give the folder of one, such as runs/NAME")
     recipe = load_recipe(run / "config.yaml", list(assignments))
-    unknown = [name for name in formats or () if name not in FORMATS]
-    if unknown:
-        raise UserError(f"--to {unknown[0]}: no such format; there are {', '.join(FORMATS)}")
+    formats = recipe.export.formats if formats is None else formats
+    for name in formats or ("",):
+        if name not in FORMATS:
+            raise UserError(f"--to {name or repr(name)}: no such format; there are {', '.join(FORMATS)}")
     seeds = recipe.compare.seeds
     if seed is not None and seed not in seeds:
         raise UserError(f"--seed {seed}: the run has the seeds {', '.join(map(str, seeds))}")
@@ -108,12 +109,12 @@ def export_from(
         network, files = _finished(folder, stage)
     task = open_task(recipe, run / "data")
     if checkpoint is not None:
-        network, files, step = _from_checkpoint(checkpoint, folder, _shape(recipe, task, run, folder, stage))
+        network, files, step = _from_checkpoint(checkpoint, folder, _shape(recipe, task, run, folder, stage), stage)
     origin = describe(recipe, run, stage, task, {path.name: digest(path) for path in files}, seed, step)
     place = out or run / "export"
     if out is None and (checkpoint is not None or stage != "finetune" or seed not in (None, seeds[0])):
         place = place / "-".join([stage, *([f"seed{seed}"] if seed is not None else []), *([checkpoint.name] if checkpoint else [])])
-    return export_network(network, task, formats or recipe.export.formats, place, recipe.export, origin)
+    return export_network(network, task, formats, place, recipe.export, origin)
 
 
 def _stage_folder(run: Path, recipe: Recipe, stage: str, seed: int | None) -> Path:
@@ -199,20 +200,25 @@ def _finished(folder: Path, stage: str) -> tuple[BlockNetwork, list[Path]]:
     """The network that a finished stage has left."""
     if not (folder / "model.json").exists() and (folder / "checkpoints").exists():
         if stage == "narrow":
-            raise UserError(f"{folder}: holds blocks that are bridged and not yet merged, and no plain network; let stage 2 finish")
+            raise UserError(
+                f"{folder}: holds blocks that are still learning, bridged or not yet merged, and no plain network; let stage 2 finish"
+            )
         raise UserError(f"{folder}: has not finished; let it, or export a checkpoint of it with --checkpoint {folder}/checkpoints/stepN")
     RunFolder.check_network(folder)
     return load_network(folder), [folder / "model.safetensors"]
 
 
-def _from_checkpoint(checkpoint: Path, stage: Path, shape: BlockConfig) -> tuple[BlockNetwork, list[Path], int]:
+def _from_checkpoint(checkpoint: Path, folder: Path, shape: BlockConfig, stage: str) -> tuple[BlockNetwork, list[Path], int]:
     """The network in a checkpoint of a training stage, whatever ranks, ZeRO stage and tensor parallelism wrote it; its files and step.
 
     Of a stage that averages its weights, the average: that is what it evaluates and keeps.
     """
-    place = checkpoint if checkpoint.exists() else stage / "checkpoints" / checkpoint
+    place = checkpoint if checkpoint.exists() else folder / "checkpoints" / checkpoint
     try:
         manifest = read_manifest(place)
+        told = str(manifest.identity.get("stage", stage))
+        if told != stage:
+            raise UserError(f"--checkpoint {place}: is of stage {told} and not of {stage}; give --stage {told}")
         check_parts(place, manifest, sorted(manifest.parts))
         parts = Parts(place)
         state = {name: parts.read(held.part, f"{WEIGHTS}/{name}") for name, held in manifest.parameters.items()}

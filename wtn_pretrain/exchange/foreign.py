@@ -22,6 +22,8 @@ KINDS = (
     "a run of wtn_pretrain or one of its stages, a Hugging Face folder (bert, megatron-bert, resnet), a timm folder, a state dict in "
     "torchvision's names, or a Megatron BERT checkpoint"
 )
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+"""Files of Hugging Face folders by which a network is known to come with its words."""
 _TIMM = {f"{wide}resnet{depth}{factor}" for wide, factor in (("", ""), ("wide_", "_2")) for depth in (18, 26, 34, 50, 101, 152, 200)}
 
 
@@ -39,6 +41,8 @@ class Foreign(NamedTuple):
     """A folder with its tokenizer."""
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Mean and standard deviation by which its images were normalised."""
+    labels: tuple[str, ...] | None = None
+    """Names of its classes, in the order of its logits."""
 
     def network(self) -> BlockNetwork:
         """On the CPU, in eval mode."""
@@ -65,7 +69,8 @@ def open_foreign(path: str | Path, pickles: bool = False, image_size: int = 0, h
     place = Path(path).expanduser()
     if not place.exists():
         raise UserError(f"{place}: no such file or folder; give {KINDS}")
-    found = _read(place.resolve(), pickles, heads, _stamp(place))
+    # a file's name tells what it is, and that of the blob behind a link in a hub's cache does not
+    found = _read(place.absolute() if place.is_file() else place.resolve(), pickles, heads, _stamp(place))
     if image_size and getattr(found.config, "image_size", None) == 0:
         found = found._replace(config=found.config.model_copy(update={"image_size": image_size}))
     return found
@@ -82,7 +87,7 @@ def _read(place: Path, pickles: bool, heads: int, stamp: tuple[tuple[str, int, i
     if place.is_file():
         return _state_dict(place, pickles, heads)
     if (place / "model.json").exists():
-        return _ours(place)
+        return _torchvision(place) if _is_torchvision(place) else _ours(place)
     if (place / "config.yaml").exists():
         return _ours(place / "wide")
     if (place / "config.json").exists():
@@ -135,8 +140,29 @@ def _folder(folder: Path, pickles: bool) -> Foreign:
     except Exception as error:  # the library checks types and values in ways of its own
         raise UserError(f"{folder / 'config.json'}: is not valid for a {kind} ({' '.join(str(error).split())[:200]})") from None
     config, ours = from_hf_state(hf, state, str(folder))
-    tokenizer = folder if any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")) else None
-    return Foreign("a Hugging Face folder", config, ours, tuple(files), tokenizer, _pixels(folder / "preprocessor_config.json"))
+    tokenizer = folder if any((folder / name).exists() for name in VOCABULARIES) else None
+    pixels = _pixels(folder / "preprocessor_config.json")
+    return Foreign("a Hugging Face folder", config, ours, tuple(files), tokenizer, pixels, _labels(hf, told))
+
+
+def _labels(hf: Any, told: dict[str, Any]) -> tuple[str, ...] | None:
+    """The classes' names, where the folder gives them."""
+    return tuple(str(hf.id2label[number]) for number in sorted(hf.id2label)) if told.get("id2label") else None
+
+
+def _is_torchvision(folder: Path) -> bool:
+    """Whether `model.json` says what torchvision's ResNet class is called with, as our export to torchvision does."""
+    try:
+        told = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and "family" not in told and told.keys() >= {"block", "layers"}
+
+
+def _torchvision(folder: Path) -> Foreign:
+    file = folder / "model.safetensors"
+    pixels = _pixels(folder / "preprocessor_config.json")
+    return _resnet("an export to torchvision", read_state(file, pickles=False), [file], str(folder))._replace(pixels=pixels)
 
 
 def _pixels(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -161,7 +187,9 @@ def _timm(folder: Path, told: dict[str, Any], pickles: bool) -> Foreign:
     pretrained = told.get("pretrained_cfg") or {}
     mean, std = pretrained.get("mean"), pretrained.get("std")
     pixels = (tuple(mean), tuple(std)) if mean and std else None
-    return _resnet("a timm folder", state, files, str(folder))._replace(pixels=pixels)
+    named = told.get("label_names") or pretrained.get("label_names")
+    labels = tuple(map(str, named)) if isinstance(named, list) else None
+    return _resnet("a timm folder", state, files, str(folder))._replace(pixels=pixels, labels=labels)
 
 
 def _state_dict(file: Path, pickles: bool, heads: int) -> Foreign:

@@ -144,7 +144,7 @@ def open_torchvision(network: BlockNetwork, folder: Path) -> Call:
 
 def write_timm(job: Job, folder: Path) -> None:
     """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` opens."""
-    config, splits = job.network.config, getattr(job.task, "splits", None)
+    config, splits, data = job.network.config, getattr(job.task, "splits", None), getattr(job.task, "data", None)
     assert isinstance(config, ResNetConfig)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_state(job.network), folder / "model.safetensors", {"format": "pt"})
@@ -160,6 +160,8 @@ def write_timm(job: Job, folder: Path) -> None:
             "classifier": "fc",
             "num_classes": config.classes,
             **({"mean": list(splits.mean), "std": list(splits.std), "label_names": list(splits.classes)} if splits else {}),
+            # left out, timm takes 0.875 and bicubic
+            **({"crop_pct": data.crop_fraction, "interpolation": "bilinear", "crop_mode": "center"} if data else {}),
         },
     }
     if arguments:

@@ -37,18 +37,23 @@ def quantise(folder: Path, task: Task, config: BlockConfig, samples: int, reduce
     Args:
         reduce_range: weights of 7 bits, whose products fit the 16-bit sums of x86 CPUs without VNNI.
     """
+    import onnxruntime
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     batches = calibration(task, config, samples, BATCH)
+    # sessions of the library's own; what goes wrong in them is raised as well
+    onnxruntime.set_default_logger_severity(4)
     with quiet():
         ready = folder / "ready.onnx"
-        outside = (folder / f"{FILE}.data").exists()
-        quant_pre_process(str(folder / FILE), str(ready), skip_symbolic_shape=True, save_as_external_data=outside)
+        outside = _outside(folder)
+        quant_pre_process(
+            str(folder / FILE), str(ready), skip_symbolic_shape=True, save_as_external_data=outside, all_tensors_to_one_file=True
+        )
         reader: Any = _Reader(batches)
         quantize_static(
             str(ready),
-            str(folder / "int8.onnx"),
+            str(_made(folder)),
             reader,
             quant_format=QuantFormat.QDQ,
             per_channel=True,
@@ -59,6 +64,7 @@ def quantise(folder: Path, task: Task, config: BlockConfig, samples: int, reduce
             else ["MatMul", "Gemm"],
             nodes_to_exclude=_of_activations(ready),
             calibrate_method=CalibrationMethod.MinMax,
+            use_external_data_format=outside,
             reduce_range=reduce_range,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
@@ -79,23 +85,47 @@ def _of_activations(file: Path) -> list[str]:
 
 
 def quantise_weights(folder: Path, reduce_range: bool = False) -> None:
-    """Turns `model.onnx` into dynamic int8: matrices are int8, the range of what they multiply is taken as it comes."""
+    """Turns `model.onnx` into dynamic int8: matrices are int8, the range of what they multiply is taken as it comes.
+
+    Word embeddings lie there twice, by rows for the look-up and by columns for the product of the head.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with quiet():
+        ready, outside = folder / "ready.onnx", _outside(folder)
+        # a weight that is turned when the network runs is none to the library: the head's product, the largest, would stay fp32
+        quant_pre_process(
+            str(folder / FILE), str(ready), skip_symbolic_shape=True, save_as_external_data=outside, all_tensors_to_one_file=True
+        )
         quantize_dynamic(
-            str(folder / FILE),
-            str(folder / "int8.onnx"),
+            str(ready),
+            str(_made(folder)),
             per_channel=True,
             weight_type=QuantType.QInt8,
             reduce_range=reduce_range,
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            use_external_data_format=outside,
         )
     _replace(folder)
 
 
+def _outside(folder: Path) -> bool:
+    """Whether the weights lie beside the graph; protobuf may then not hold those of int8 either, nor the model that is calibrated on."""
+    return (folder / f"{FILE}.data").exists()
+
+
+def _made(folder: Path) -> Path:
+    """Where the int8 model is written first, under the name that it is to have: files of weights are found by it."""
+    place = folder / "int8"
+    place.mkdir()
+    return place / FILE
+
+
 def _replace(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.name != "int8.onnx":
+        if path.is_file():
             path.unlink()
-    (folder / "int8.onnx").replace(folder / FILE)
+    for path in (folder / "int8").iterdir():
+        path.replace(folder / path.name)
+    (folder / "int8").rmdir()

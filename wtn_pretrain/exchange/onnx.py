@@ -81,11 +81,26 @@ def write_onnx(network: BlockNetwork, folder: Path, probe: Inputs, opset: int = 
         raise UserError(f"export.opset {opset}: the exporter fails ({_line(error)}); set export.opset to 18") from None
     except ValueError as error:
         raise UserError(f"export.opset: {opset} is not one that the exporter knows ({_line(error)}); set it to 18") from None
+    _strip(folder / FILE)
     written = opset_of(folder)
     if written != opset:
         raise UserError(
             f"export.opset: the operators of {opset} cannot express this network, those of {written} can; set export.opset to {written}"
         )
+
+
+def _strip(file: Path) -> None:
+    """Takes out what the exporter notes about each node: lines and names of the code that was traced, more bytes than a small network's
+    weights."""
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, *model.functions):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del model.metadata_props[:]
+    onnx.save(model, str(file))
 
 
 def opset_of(folder: Path) -> int:
@@ -122,7 +137,8 @@ def session_of(file: Path, threads: int = 0) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    # what goes wrong is raised as well
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
@@ -186,6 +202,13 @@ def fuse(network: BlockNetwork, folder: Path) -> None:
         for path in part.iterdir():
             path.replace(folder / path.name)
         part.rmdir()
+
+
+def of_runtime(error: Exception) -> str | None:
+    """What ONNX Runtime says that it cannot do, in a line; None: the error is not one of its own."""
+    if not type(error).__module__.startswith("onnxruntime"):
+        return None
+    return _line(error).rpartition("] : ")[2][:100]
 
 
 def _line(error: Exception) -> str:

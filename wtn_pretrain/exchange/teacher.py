@@ -59,6 +59,8 @@ def require_same_inputs(foreign: Foreign, task: Task, path: str) -> None:
     if tokenizer is not None:
         _require_vocabulary(foreign, tokenizer, path)
     splits: Any = getattr(task, "splits", None)
+    if foreign.labels is not None and splits is not None:
+        _require_classes(foreign.labels, splits.classes, path)
     if foreign.pixels is not None and splits is not None:
         for name, theirs, mine in zip(("mean", "std"), foreign.pixels, (splits.mean, splits.std), strict=True):
             if len(theirs) != len(mine) or any(abs(a - b) > CLOSE for a, b in zip(theirs, mine, strict=True)):
@@ -67,6 +69,16 @@ def require_same_inputs(foreign: Foreign, task: Task, path: str) -> None:
                     f"wide.teacher {path}: its images had {name} {[round(v, 4) for v in theirs]} and the data's have "
                     f"{[round(v, 4) for v in mine]}; give {given}"
                 )
+
+
+def _require_classes(theirs: tuple[str, ...], mine: tuple[str, ...], path: str) -> None:
+    """Refuses the same names in another order; of other names nothing can be said, for the same class has many."""
+    if theirs != mine and sorted(theirs) == sorted(mine):
+        place = next(number for number, (other, own) in enumerate(zip(theirs, mine, strict=True)) if other != own)
+        raise UserError(
+            f"wide.teacher {path}: has the data's classes in another order ({theirs[place]!r} is number {place} there and "
+            f"{mine[place]!r} here); give data whose classes are numbered alike"
+        )
 
 
 def _require_vocabulary(foreign: Foreign, tokenizer: Any, path: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from wtn_pretrain.exchange.card import Origin, model_card
 from wtn_pretrain.exchange.config import ExportSection
 from wtn_pretrain.exchange.files import digest
 from wtn_pretrain.exchange.formats import FORMATS, Format, Job, holding, plain_onnx
-from wtn_pretrain.exchange.onnx import FILE, open_onnx, operators
+from wtn_pretrain.exchange.onnx import FILE, of_runtime, open_onnx, operators, opset_of
 from wtn_pretrain.exchange.parity import Call, parity, task_metric
 from wtn_pretrain.exchange.probes import probes
 from wtn_pretrain.files import make_durable, switch_folder, write_text
@@ -26,6 +27,15 @@ from wtn_pretrain.report.latency import measure_latency
 from wtn_pretrain.tasks.base import Task
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors", "numpy")
+
+
+class MissedError(UserError):
+    """Exports that miss what they are held to, and are not written; those of other formats are."""
+
+    def __init__(self, message: str, written: dict[str, dict[str, Any]] | None = None) -> None:
+        super().__init__(message)
+        self.written = written or {}
+        """What `export_network` would have returned, with `{"refused": reason}` for those."""
 
 
 def export_network(
@@ -37,8 +47,8 @@ def export_network(
         For every format its certificate, or `{"refused": reason}` where the format has no such architecture.
 
     Raises:
-        UserError: an export is further from the original than its tolerance, and nothing of that format is left behind; or in its place
-            stands what is no export.
+        MissedError: an export is further from the original than its tolerance, or does not run, and nothing of that format is left behind.
+        UserError: in the place of an export stands what is none, or it cannot be written.
     """
     origin = origin or Origin()
     formats = list(formats)
@@ -50,6 +60,7 @@ def export_network(
             written[name] = {"refused": f"{name} cannot hold this network: {reason}; these can: {', '.join(holding(network.config))}"}
         else:
             _require_replaceable(folder / name)
+    missed: list[str] = []
     if len(written) < len(set(formats)):
         with _drafts(folder) as work:
             job = Job(network, task, probes(task, network.config), section, work)
@@ -59,8 +70,19 @@ def export_network(
                 # the same for all formats
                 return task_metric(task, network, None, section.samples)[0]
 
-            written |= {name: _export(job, name, folder / name, origin, metric_before) for name in formats if name not in written}
-    return {name: written[name] for name in formats}
+            for name in formats:
+                if name not in written:
+                    try:
+                        written[name] = _export(job, name, folder / name, origin, metric_before)
+                    except MissedError as error:
+                        missed.append(name)
+                        written[name] = {"refused": str(error)}
+    written = {name: written[name] for name in formats}
+    if missed:
+        others = [name for name in written if "refused" not in written[name]]
+        beside = f"; written: {', '.join(others)}" if others else ""
+        raise MissedError("export: " + "; ".join(written[name]["refused"] for name in missed) + beside, written)
+    return written
 
 
 @contextlib.contextmanager
@@ -102,6 +124,12 @@ def _export(job: Job, name: str, target: Path, origin: Origin, metric_before: Ca
         switch_folder(draft, target)
     except OSError as error:
         raise UserError(f"export: {target} cannot be written ({error}); free the disk or choose another folder") from None
+    except Exception as error:
+        said = of_runtime(error)
+        if said is None:
+            raise
+        opset = f"export.opset {job.section.opset}"
+        raise MissedError(f"{name}: ONNX Runtime cannot run it at {opset} ({said}); nothing was written; set export.opset to 18") from None
     return certificate
 
 
@@ -134,7 +162,7 @@ def _certificate(job: Job, name: str, form: Format, draft: Path, call: Call, ori
         "versions": {"python": platform.python_version(), **{library: _installed(library) for library in LIBRARIES}},
     }
     if name.startswith("onnx"):
-        certificate |= {"opset": job.section.opset, "operators": operators(draft)}
+        certificate |= {"opset": opset_of(draft), "operators": operators(draft)}
     if form.tolerance is None:
         certificate |= _beside_fp32(job, draft, call)
     return certificate
@@ -157,15 +185,17 @@ def _require(certificate: dict[str, Any], name: str, section: ExportSection) -> 
     tolerance = certificate["tolerance"]
     if tolerance is not None:
         if not certificate["difference"] <= tolerance:
-            raise UserError(
-                f"export: {name} logits differ from the original's by {certificate['max_difference']:.1e} (largest logit "
+            raise MissedError(
+                f"{name} logits differ from the original's by {certificate['max_difference']:.1e} (largest logit "
                 f"{certificate['largest_logit']:.3g}), more than export.tolerance {tolerance:.0e}; nothing was written"
             )
         return
+    if not math.isfinite(certificate["max_difference"]):
+        raise MissedError(f"{name} gives logits that are not finite; nothing was written; leave {name} out")
     before, after = certificate["metric_before"], certificate["metric_after"]
     if not before - after <= section.int8_drop:
-        raise UserError(
-            f"export: {name} loses {before - after:.2f} points of {certificate['metric']} ({before:.2f} to {after:.2f}), more than "
+        raise MissedError(
+            f"{name} loses {before - after:.2f} points of {certificate['metric']} ({before:.2f} to {after:.2f}), more than "
             f"export.int8_drop {section.int8_drop:g}; nothing was written; train with finetune.int8, or calibrate on more samples"
         )
 

@@ -1,5 +1,6 @@
 """Image classification."""
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from wtn_pretrain.data.images import ImageData, open_images
 from wtn_pretrain.data.resizing import ResizedStream, side_at, steps_at
 from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.resnet.config import ResNetConfig
 from wtn_pretrain.tasks.base import Metric, Task, classified
@@ -83,14 +85,17 @@ class ClassifyTask(Task):
         from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
         size = self.splits.size
-        BitImageProcessorPil(
+        processor = BitImageProcessorPil(
             size={"shortest_edge": round(size / self.data.crop_fraction)},
             crop_size={"height": size, "width": size},
             resample=Image.Resampling.BILINEAR,
             image_mean=list(self.splits.mean),
             image_std=list(self.splits.std),
             do_convert_rgb=self.splits.channels == 3,
-        ).save_pretrained(folder)
+        )
+        # under the name that every version of transformers knows, and opens with Pillow where torchvision is not installed
+        told = {**json.loads(processor.to_json_string()), "image_processor_type": "BitImageProcessor"}
+        write_text(folder / "preprocessor_config.json", json.dumps(told, indent=2, sort_keys=True) + "\n")
 
     def forward_flops(self, config: BlockConfig) -> Flops:
         return flops(config)

@@ -1,5 +1,6 @@
 """Masked language modelling, with next-sentence or sentence-order prediction where the network has the head for it."""
 
+import json
 import sys
 from collections.abc import Mapping
 from functools import lru_cache
@@ -22,6 +23,7 @@ from wtn_pretrain.data.stream import BatchStream, batches
 from wtn_pretrain.data.text import TextData, open_text
 from wtn_pretrain.data.work import mean_work
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import write_text
 from wtn_pretrain.models.base import BlockConfig, BlockNetwork, Flops, flops
 from wtn_pretrain.models.bert.config import BertConfig
 from wtn_pretrain.tasks.base import Metric, Task, classified
@@ -71,7 +73,7 @@ class MlmTask(Task):
         self._shorter = {
             length: masked(open_text(data.model_copy(update={"sequence_length": length}), cache).train) for _, length in data.lengths
         }
-        self.length = data.sequence_length
+        self.length, self.longest = data.sequence_length, config.max_positions
         self.predictions = masker.slots(data.sequence_length)
         self.workers = data.workers
 
@@ -124,7 +126,17 @@ class MlmTask(Task):
         return probes
 
     def save_preprocessing(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
+        # so that programs which cut long texts know where; here nothing is cut by the tokenizer
+        limit, self.tokenizer.model_max_length = self.tokenizer.model_max_length, self.longest
+        try:
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            self.tokenizer.model_max_length = limit
+        told = folder / "tokenizer_config.json"
+        settings = json.loads(told.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            # its name before transformers 5, which every version opens
+            write_text(told, json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
     def stream(self, batch_size: int, *, steps: int, **settings: Any) -> BatchStream:
         """The training batches of a stage of `steps` steps, of the lengths that `data.lengths` says; `settings` are those of

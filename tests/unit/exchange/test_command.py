@@ -54,7 +54,7 @@ def refused(*arguments: object) -> str:
 
 
 def test_a_run_from_the_command_line(run: Path) -> None:
-    call = [sys.executable, str(ROOT / "tools" / "export.py"), str(run), "--to", "hf,timm", "--export.license=mit"]
+    call = [sys.executable, str(ROOT / "tools" / "export.py"), str(run), "--to", "hf, timm", "--export.license=mit"]
     done = subprocess.run(call, capture_output=True, text=True, env=environment(), cwd=run)
     assert done.returncode == 0, done.stderr
     assert "export hf: logits within" in done.stdout
@@ -86,6 +86,8 @@ def test_the_pipeline_classifies_as_the_network_does(run: Path, tmp_path: Path) 
     task = open_task(load_recipe(run / "config.yaml"), run / "data")
     splits = task.splits  # type: ignore[attr-defined]
     image = Image.fromarray(splits.valid.pixels.read(torch.tensor([5]).numpy(), None, None)[0].transpose(1, 2, 0))
+    # the name that transformers before version 5 knows as well
+    assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["image_processor_type"] == "BitImageProcessor"
     answers = pipeline("image-classification", model=str(tmp_path / "hf"), device="cpu")(image)
     network = wtn_pretrain.load(run)
     pixels = next(batches(task.valid, 8))["pixels"][5:6]
@@ -97,12 +99,13 @@ def test_the_pipeline_classifies_as_the_network_does(run: Path, tmp_path: Path) 
 
 def test_any_stage_from_python(run: Path) -> None:
     for stage in ("wide", "narrow"):
-        written = wtn_pretrain.export(run, ["hf", "torchvision"], stage=stage)
+        written = wtn_pretrain.export(run, ["hf", "torchvision"], stage=stage, license="no: warranty", tolerance=None)
         assert "refused" in written["torchvision"]
         folder = run / "export" / stage / "hf"
         if stage == "wide":
             assert "no inner-widened blocks" in written["hf"]["refused"] and not folder.exists()
             continue
+        assert "\nno: warranty\n" in (folder / "README.md").read_text()
         back, kept = wtn_pretrain.load(folder).state_dict(), weights(run / stage)
         assert all(torch.equal(value, back[name]) for name, value in kept.items())
     assert wtn_pretrain.load(run, stage="wide").config != wtn_pretrain.load(run).config
@@ -135,6 +138,10 @@ def test_a_checkpoint_gives_the_averaged_weights_of_its_step(run: Path, tmp_path
     part = next(damaged.glob("*.safetensors"))
     part.write_bytes(part.read_bytes()[:-8])
     assert "give a whole folder stepN" in refused(run, "--to", "hf", "--checkpoint", damaged)
+    # whose network it is stands in it
+    assert f"--checkpoint {step}: is of stage finetune and not of scratch; give --stage finetune" in refused(
+        run, "--stage", "scratch", "--checkpoint", step
+    )
 
 
 def test_a_card_tells_of_its_own_seed(run: Path, tmp_path: Path) -> None:
@@ -171,6 +178,9 @@ def test_what_is_no_run_has_no_stages(run: Path) -> None:
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     assert "holds no run (no config.yaml)" in refused(tmp_path)
     assert "--to gguf: no such format; there are hf, onnx" in refused(run, "--to", "gguf")
+    assert "--to '': no such format; there are hf, onnx" in refused(run, "--to", "")
+    with pytest.raises(UserError, match="no such format"):
+        wtn_pretrain.export(run, [])
     assert "--seed 7: the run has the seeds 0" in refused(run, "--seed", "7")
     assert "give the folder of a run" in refused()
     assert "unknown; there are RUN, --to" in refused(run, "--verbose")

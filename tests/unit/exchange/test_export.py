@@ -11,16 +11,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wtn_pretrain.data.images import ImageData
+from wtn_pretrain.data.prepare.sentencepiece_model import read_sentencepiece
 from wtn_pretrain.data.text import TextData
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.card import Origin
 from wtn_pretrain.exchange.config import ExportSection
 from wtn_pretrain.exchange.foreign import open_foreign
 from wtn_pretrain.exchange.formats import FORMATS, holding
-from wtn_pretrain.exchange.onnx import open_onnx, write_onnx
+from wtn_pretrain.exchange.int8 import quantise_weights
+from wtn_pretrain.exchange.onnx import open_onnx, operators, write_onnx
 from wtn_pretrain.exchange.parity import parity, task_metric
 from wtn_pretrain.exchange.probes import probes
-from wtn_pretrain.exchange.write import export_network
+from wtn_pretrain.exchange.write import MissedError, export_network
 from wtn_pretrain.models import BertConfig, ResNetConfig
 from wtn_pretrain.models.base import BlockNetwork
 from wtn_pretrain.tasks.base import Task
@@ -94,7 +96,7 @@ def test_dynamic_int8_is_smaller_and_nearly_the_same(bert: tuple[BlockNetwork, P
 
 
 def test_a_bert_for_hugging_face_and_as_standard_onnx(text: MlmTask, tmp_path: Path) -> None:
-    from transformers import pipeline
+    from transformers import AutoTokenizer, pipeline
 
     network = made(text, BERT.model_copy(update={"pair_head": "nsp"}))
     written = export_network(network, text, ["hf", "onnx"], tmp_path, section(shard="20KB", license="mit", opset=20), ORIGIN)
@@ -112,6 +114,8 @@ def test_a_bert_for_hugging_face_and_as_standard_onnx(text: MlmTask, tmp_path: P
     hashes = written["hf"]["files"]
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {*hashes, "parity.json", "README.md"}
     assert all(len(value) == 64 for value in hashes.values())
+    # programs that cut texts know where, and our own tokenizer goes on cutting nothing
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").model_max_length == 512 < text.tokenizer.model_max_length
     # the pipeline's answers are those of our network
     sentence = f"the value of the {text.tokenizer.mask_token} is"
     answers = pipeline("fill-mask", model=str(tmp_path / "hf"), device="cpu")(sentence)
@@ -121,6 +125,27 @@ def test_a_bert_for_hugging_face_and_as_standard_onnx(text: MlmTask, tmp_path: P
     best = logits.softmax(-1).topk(5)
     assert [answer["token"] for answer in answers] == best.indices[0].tolist()
     assert [answer["score"] for answer in answers] == pytest.approx(best.values[0].tolist(), rel=1e-4)
+
+
+def test_a_bert_of_sentence_pieces_for_hugging_face(tmp_path: Path, shared: Any) -> None:
+    """Under a class that every version of transformers has, and to the same ids."""
+    from transformers import AutoTokenizer, pipeline
+
+    words = tmp_path / "words"
+    read_sentencepiece(shared("fixtures") / "sentencepiece" / "test_model.model").save_pretrained(words)
+    data = TextData(source="pydoc", tokenizer=str(words), sequence_length=16, limit_mb=0.05)
+    task = MlmTask(MlmSection(), data, BERT, tmp_path / "data")
+    network = made(task, BERT.model_copy(update={"layers": 1, "max_positions": 32}))
+    export_network(network, task, ["hf"], tmp_path / "out", section(samples=16))
+    folder = tmp_path / "out" / "hf"
+    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    sentence = f"I saw a {task.tokenizer.mask_token} with a telescope."
+    inputs = task.tokenizer(sentence, return_tensors="pt")
+    assert AutoTokenizer.from_pretrained(folder)(sentence).input_ids == inputs["input_ids"][0].tolist()
+    answers = pipeline("fill-mask", model=str(folder), device="cpu")(sentence)
+    with torch.no_grad():
+        logits = network(dict(inputs))[inputs["input_ids"] == task.tokenizer.mask_token_id]
+    assert [answer["token"] for answer in answers] == logits.topk(5).indices[0].tolist()
 
 
 CIFAR = ResNetConfig(block="basic", stem="cifar", channels=(4, 8), depths=(1, 1), stem_channels=4)
@@ -155,9 +180,14 @@ def test_weights_beside_the_graph(images: ClassifyTask, text: MlmTask, tmp_path:
     assert written["onnx"]["bytes"] > outside > 0
     assert written["onnx_int8"]["model_bytes"]["fp32"] > outside
     assert "model.onnx.data" in written["onnx_fused"]["files"]
-    written = export_network(made(text, BERT.model_copy(update={"layers": 1})), text, ["onnx_fused"], tmp_path, section())
-    assert "model.onnx.data" in written["onnx_fused"]["files"]
+    network = made(text, BERT.model_copy(update={"layers": 1}))
+    formats = ["onnx_fused", "onnx_int8", "onnx_int8_dynamic"]
+    written = export_network(network, text, formats, tmp_path, section(int8_drop=100, calibration=8))
     assert written["onnx_fused"]["difference"] <= 1e-4
+    for name in formats:
+        # the weights of int8 too, the export's own and none of what it was made from
+        assert {file for file in written[name]["files"] if "onnx" in file} == {"model.onnx", "model.onnx.data"}
+        assert (tmp_path / name / "model.onnx.data").stat().st_size > 16 * 200
 
 
 def test_int8_that_loses_too_much_is_not_written(images: ClassifyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +210,9 @@ def test_a_resnet_50_for_torchvision_and_timm(images: ClassifyTask, tmp_path: Pa
     assert written["timm"]["difference"] <= 1e-5
     told = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert (told["architecture"], told["model_args"]) == ("resnet50", {"layers": [1, 1, 1, 1], "base_width": 128})
+    # else timm would cut off an eighth, and resize otherwise than we did
+    pretrained = told["pretrained_cfg"]
+    assert (pretrained["crop_pct"], pretrained["interpolation"], pretrained["crop_mode"]) == (1.0, "bilinear", "center")
     back = open_foreign(tmp_path / "timm").state
     assert all(torch.equal(value, back[name]) for name, value in network.state_dict().items())
     state = load_file(tmp_path / "timm" / "model.safetensors")
@@ -238,6 +271,20 @@ def test_two_exports_into_one_place(images: ClassifyTask, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["torch_export"]
 
 
+def test_int8_that_is_not_finite_is_not_written(images: ClassifyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metric alone may not show it, and JSON has no word for infinity."""
+    real = FORMATS["onnx_int8"]
+
+    def poisoned(job: Any, folder: Path) -> Any:
+        call = real.open(job, folder)
+        return lambda inputs: call(inputs).masked_fill(torch.tensor(len(next(iter(inputs.values()))) == 1), float("nan"))
+
+    monkeypatch.setitem(FORMATS, "onnx_int8", real._replace(open=poisoned))
+    with pytest.raises(MissedError, match="onnx_int8 gives logits that are not finite; nothing was written"):
+        export_network(made(images, CIFAR), images, ["onnx_int8"], tmp_path, section(int8_drop=100, samples=16))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("shard", ["lots", "", "5", "-1GB", "5 XB"])
 def test_a_size_of_shards_that_is_none(shard: str) -> None:
     with pytest.raises(ValueError, match="shard"):
@@ -250,6 +297,40 @@ def test_an_opset_that_cannot_express_the_network(opset: int, images: ClassifyTa
     network = made(images, CIFAR)
     with pytest.raises(UserError, match=r"export.opset.* set (it|export.opset) to \d+"):
         write_onnx(network, tmp_path / "onnx", probes(images, network.config)[1], opset)
+
+
+def test_an_opset_that_the_runtime_cannot_run(text: MlmTask, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """From 23 on the standard has an operator for attention, which the exporter takes and ONNX Runtime 1.31 does not run with a mask."""
+    network = made(text, BERT.model_copy(update={"layers": 1}))
+    with pytest.raises(MissedError, match=r"onnx: ONNX Runtime cannot run it at export.opset 23 .*; set export.opset to 18; written: hf$"):
+        export_network(network, text, ["onnx", "hf"], tmp_path, section(opset=23))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert "ERROR" not in capfd.readouterr().err.upper()
+
+
+def test_the_trace_leaves_no_notes(images: ClassifyTask, tmp_path: Path) -> None:
+    network = made(images, CIFAR)
+    write_onnx(network, tmp_path, probes(images, network.config)[1])
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not any(part.metadata_props or part.doc_string for part in (graph, *graph.node, *graph.value_info, *graph.initializer))
+    assert b".py" not in (tmp_path / "model.onnx").read_bytes()
+
+
+def test_dynamic_int8_reaches_the_product_with_a_large_vocabulary(tmp_path: Path) -> None:
+    """The exporter turns small embeddings for the head beforehand and leaves large ones, of 2 ** 18 numbers and more, to be turned as it
+    runs; either way the head's product, the largest of a thin BERT, must be one of integers."""
+    network = BertConfig(vocab_size=16_500, hidden_size=16, heads=2, layers=1, max_positions=8).build()
+    inputs = {name: torch.ones(2, 4, dtype=torch.long) for name in network.config.dynamic_axes}
+    write_onnx(network, tmp_path, inputs)
+    before = (tmp_path / "model.onnx").stat().st_size
+    quantise_weights(tmp_path)
+    found = operators(tmp_path)
+    # six products with weights a layer and the head's two; attention's two stay fp32
+    assert (found["MatMulInteger"], found["MatMul"]) == (6 + 2, 2)
+    assert before > 4 * 16_500 * 16 and (tmp_path / "model.onnx").stat().st_size < 0.7 * before
+    with torch.no_grad():
+        difference = (open_onnx(tmp_path)(inputs) - network.eval()(inputs)).abs().max()
+    assert 0 < difference < 0.05
 
 
 def test_parity_sees_a_difference_and_a_nan() -> None:

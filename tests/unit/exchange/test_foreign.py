@@ -15,6 +15,7 @@ from torch import Tensor
 import wtn_pretrain
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.foreign import open_foreign
+from wtn_pretrain.exchange.formats import write_torchvision
 from wtn_pretrain.models import BertConfig, BlockNetwork, ResNetConfig
 from wtn_pretrain.models.base import parameter_count
 from wtn_pretrain.models.bert import megatron
@@ -198,6 +199,28 @@ def test_a_folder_of_pickles_needs_consent_and_gives_tensors_alone(tmp_path: Pat
         (tmp_path / "pytorch_model.bin").write_bytes(b"damaged")
 
 
+def test_a_link_of_a_hubs_cache_is_what_its_name_says(tmp_path: Path) -> None:
+    """There files are links to blobs that are named by their hashes."""
+    network = made(RESNET)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    save_file(under_their_names(network), tmp_path / "blobs" / "0a1b2c")
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(Path("..") / "blobs" / "0a1b2c")
+    found = open_foreign(tmp_path / "snapshot" / "model.safetensors")
+    assert same(network, found.state) and found.hashes().keys() == {"model.safetensors"}
+
+
+def test_our_export_to_torchvision_comes_back(tmp_path: Path) -> None:
+    network = made(ResNetConfig(block="basic", depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), image_channels=3, classes=4))
+    write_torchvision(network, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
+    found = open_foreign(tmp_path)
+    assert found.config == network.config and same(network, found.state)
+    assert found.pixels == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    (tmp_path / "model.json").write_text("{}")
+    assert "unknown model family None" in refused(tmp_path)
+
+
 def under_their_names(network: BlockNetwork) -> dict[str, Tensor]:
     assert isinstance(network.config, ResNetConfig)
     own = network.state_dict()
@@ -259,6 +282,9 @@ def test_a_timm_folder(tmp_path: Path) -> None:
     found = open_foreign(tmp_path)
     assert same(network, found.state)
     assert found.pixels == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert found.labels is None
+    (tmp_path / "config.json").write_text(json.dumps({**told, "label_names": list("edcba")}))
+    assert open_foreign(tmp_path).labels == tuple("edcba")
     for change in ({"architecture": "resnet50d"}, {"model_args": {"act_layer": "silu"}}):
         (tmp_path / "config.json").write_text(json.dumps({**told, **change}))
         assert "is not supported; timm's resnet" in refused(tmp_path)

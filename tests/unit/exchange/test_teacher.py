@@ -18,7 +18,7 @@ from wtn_pretrain.data.images import ImageData
 from wtn_pretrain.errors import UserError
 from wtn_pretrain.exchange.config import ExportSection
 from wtn_pretrain.exchange.foreign import open_foreign
-from wtn_pretrain.exchange.teacher import require_kin
+from wtn_pretrain.exchange.teacher import require_kin, require_same_inputs
 from wtn_pretrain.exchange.write import export_network
 from wtn_pretrain.imitation.bridges import bridge_kinds
 from wtn_pretrain.imitation.pairing import pair
@@ -119,6 +119,11 @@ def test_teachers_that_do_not_fit_the_thin_network(large: Path, words: BertToken
     to_hf(config.build()).save_pretrained(other)
     line = refused(tmp_path, BERT, {**changes, "wide.teacher": str(other)})
     assert "has 9000 rows of words and the tokenizer 256 tokens" in line
+    # words that are there in a form that cannot be compared
+    (other / "spiece.model").write_bytes(b"pieces")
+    to_hf(config.model_copy(update={"vocab_size": 256}).build()).save_pretrained(other)
+    line = refused(tmp_path, BERT, {**changes, "wide.teacher": str(other)})
+    assert f"tokenizer {other}: neither tokenizer_config.json nor vocab.txt in it" in line
     # the same words and numbers, of texts with capitals
     cased = shutil.copytree(large, tmp_path / "cased")
     told = json.loads((cased / "tokenizer.json").read_text())
@@ -280,6 +285,36 @@ def test_pixels_of_another_normalisation(tmp_path: Path, one_rank: None) -> None
     run.narrow(0)
     with pytest.raises(UserError, match="2 numbers and the images 1 channels"):
         ClassifyTask(ClassifySection(), ImageData(source="digits", mean=(0.5, 0.5), std=(0.2, 0.2)))
+
+
+def test_classes_in_another_order(tmp_path: Path) -> None:
+    task = ClassifyTask(ClassifySection(), ImageData(source="digits"))
+    model = to_hf(ResNetConfig(block="basic", depths=(1,), channels=(8,), stem_channels=8, image_channels=1, classes=10).build())
+    for names, said in ((list("0123456789"), None), (list("1023456789"), "'1' is number 0 there and '0' here"), (list("abcdefghij"), None)):
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
+        model.save_pretrained(tmp_path)
+        found = open_foreign(tmp_path)
+        assert found.labels == tuple(names)
+        if said is None:
+            require_same_inputs(found, task, "there")
+        else:
+            with pytest.raises(UserError, match=f"wide.teacher there: has the data's classes in another order .{said}"):
+                require_same_inputs(found, task, "there")
+
+
+def test_what_a_run_has_come_to_is_told_where_an_export_misses(tmp_path: Path, one_rank: None) -> None:
+    teacher = digits((8, 16), 8)
+    save_network(tmp_path / "teacher", teacher.config, teacher.state_dict())
+    formats = {"export.formats": ["onnx", "onnx_int8"], "export.samples": 16, "export.calibration": 16}
+    changes = {"widen": None, "wide.teacher": str(tmp_path / "teacher"), "compare.scratch": False, **formats, "export.tolerance": 1e-30}
+    run = stages(tmp_path, RESNET, {**changes, "export.int8_drop": 100})
+    with pytest.raises(UserError, match=r"onnx logits differ .* than export.tolerance 1e-30; nothing was written; written: onnx_int8$"):
+        run_method(run)
+    told = json.loads((run.folder.path / "summary.json").read_text())["export"]
+    assert "more than export.tolerance" in told["onnx"]["refused"] and told["onnx_int8"]["bytes"] > 0
+    assert (run.folder.path / "report.html").exists()
+    assert [path.name for path in (run.folder.path / "export").iterdir()] == ["onnx_int8"]
 
 
 def cifar(folder: Path, shared: Any, images: int) -> ClassifyTask:
