@@ -39,17 +39,12 @@ def quantise(folder: Path, task: Task, config: BlockConfig, samples: int, reduce
     """
     import onnxruntime
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     batches = calibration(task, config, samples, BATCH)
     # sessions of the library's own; what goes wrong in them is raised as well
     onnxruntime.set_default_logger_severity(4)
     with quiet():
-        ready = folder / "ready.onnx"
-        outside = _outside(folder)
-        quant_pre_process(
-            str(folder / FILE), str(ready), skip_symbolic_shape=True, save_as_external_data=outside, all_tensors_to_one_file=True
-        )
+        ready, outside = _prepared(folder)
         reader: Any = _Reader(batches)
         quantize_static(
             str(ready),
@@ -90,14 +85,10 @@ def quantise_weights(folder: Path, reduce_range: bool = False) -> None:
     Word embeddings lie there twice, by rows for the look-up and by columns for the product of the head.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with quiet():
-        ready, outside = folder / "ready.onnx", _outside(folder)
         # a weight that is turned when the network runs is none to the library: the head's product, the largest, would stay fp32
-        quant_pre_process(
-            str(folder / FILE), str(ready), skip_symbolic_shape=True, save_as_external_data=outside, all_tensors_to_one_file=True
-        )
+        ready, outside = _prepared(folder)
         quantize_dynamic(
             str(ready),
             str(_made(folder)),
@@ -110,9 +101,14 @@ def quantise_weights(folder: Path, reduce_range: bool = False) -> None:
     _replace(folder)
 
 
-def _outside(folder: Path) -> bool:
-    """Whether the weights lie beside the graph; protobuf may then not hold those of int8 either, nor the model that is calibrated on."""
-    return (folder / f"{FILE}.data").exists()
+def _prepared(folder: Path) -> tuple[Path, bool]:
+    """`model.onnx` with its constants folded, as the library wants it, and whether its weights lie beside the graph; protobuf may then not
+    hold those of int8 either, nor the model that is calibrated on."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    ready, outside = folder / "ready.onnx", (folder / f"{FILE}.data").exists()
+    quant_pre_process(str(folder / FILE), str(ready), skip_symbolic_shape=True, save_as_external_data=outside, all_tensors_to_one_file=True)
+    return ready, outside
 
 
 def _made(folder: Path) -> Path:

@@ -388,9 +388,8 @@ class Run:
         for unit in self.imitator.units:
             found = [value.isfinite().all() for value in unit.own_state().values() if value.is_floating_point()]
             if found and not bool(torch.stack(found).all()):
-                name = "the stem" if unit.index == 0 else f"unit {unit.index}"
                 raise UserError(
-                    f"{self.stage}: weights of {name} are not finite after step {step}, though its gradients were; the "
+                    f"{self.stage}: weights of {_called(unit.index)} are not finite after step {step}, though its gradients were; the "
                     f"checkpoint before it is kept in {self.checkpoints.folder}; lower narrow.optimizer.lr or narrow.clip under "
                     "another --run.name"
                 )
@@ -410,8 +409,7 @@ class Run:
             batches = [step % min(self.imitator.section.cache_batches or phase.steps, phase.steps) for step in error.steps]
         elif self.taught is not None:
             batches = [batch % (self.taught.batches // self.stream.accumulation) for batch in batches]
-        unit = error.units[-1]
-        name = "all units" if len(error.units) > 1 else "the stem" if unit == 0 else f"unit {unit}"
+        name = "all units" if len(error.units) > 1 else _called(error.units[0])
         what = f"the loss or the gradient of {name} is not finite"
         taken = list(zip(steps, batches, strict=True))
         path = name_samples(self.folder, self.stage, steps[-1], what, taken, self.stream, write=self.wiring.leads)
@@ -438,3 +436,8 @@ class Run:
         with self._observer.allow(START, "restore"):
             self.checkpoints.restore()
         self.first_phase, self.first_step = position.phase, position.step
+
+
+def _called(unit: int) -> str:
+    """What people call a unit."""
+    return "the stem" if unit == 0 else f"unit {unit}"
