@@ -5,16 +5,18 @@
 
 Every arm trains the same architecture from the same weights on the same batch, which lies on the device already, with torch's SGD
 with momentum, by forward pass, cross-entropy, backward pass and update; where the precision is bf16, all under the same autocast:
-  ours            our network through DeepSpeed's engine, as stages 1 and 3 run it;
+  ours            our network through DeepSpeed's engine, as stages 1 and 3 run it, memory allocator included (`keep_freed_memory`);
   ours, compiled  the same with `compile: true` (not at --preset ci);
   ours, plain     our network in the loop that the others have;
   hugging face    ResNetForImageClassification as it comes: its own loss, its layout (rows of each channel together);
   hugging face, channels-last    the same with weights and images put channels-last by hand, which its users can do;
   timm            timm's network of the same name, likewise as it comes and channels-last. It is left out, with the reason, where it
                   cannot be imported: it needs torchvision.
-Timm starts from weights of its own. The arms of a repeat run one after the other in rotating order, `--steps` steps each; a ratio
-is the median over repeats of two rates of the same repeat. FLOPs are the network's own count, three times a forward pass; MFU is
-their rate over the device's peak where that is known.
+Timm starts from weights of its own. Arms with DeepSpeed's engine live in one process and those without in another, so that a stage's
+settings of its process reach no other. The arms of a repeat run one after the other in rotating order, `--steps` steps each after
+one that is not timed, since an arm comes back to memory and caches that others have used; a ratio is the median over repeats of two
+rates of the same repeat. FLOPs are the network's own count, three times a forward pass; MFU is their rate over the device's peak
+where that is known.
 
 JSON keys: `ratio_over_hf` (ours against Hugging Face as it comes), `ratio_compiled_over_hf`, `ratio_over_hf_channels_last`,
 `ratio_over_timm`, `mfu` (ours) and `arms`; null where there is no such figure. Claims: ratio_over_hf at least 1.15 on a CPU; on a GPU
@@ -26,6 +28,9 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -42,6 +47,7 @@ from wtn_pretrain.errors import UserError
 from wtn_pretrain.models import ResNetConfig
 from wtn_pretrain.models.base import expand_preset, flops
 from wtn_pretrain.models.hf import to_hf
+from wtn_pretrain.models.resnet.model import ResNetNetwork
 from wtn_pretrain.parallel.launch import start_ranks, stop_ranks
 from wtn_pretrain.tasks.base import TaskModule
 from wtn_pretrain.tasks.classify import ClassifySection, ClassifyTask
@@ -79,15 +85,20 @@ def sizes(options: argparse.Namespace) -> Sizes:
     return Sizes(*(getattr(options, name) or value for name, value in usual._asdict().items()))
 
 
-def arms(config: ResNetConfig, task: ClassifyTask, batch: dict[str, Tensor], chosen: Sizes, model: str) -> tuple[dict[str, Step], str]:
-    """The arms by name, and why there is none of timm ("" where there is)."""
-    torch.manual_seed(0)
-    network = config.build()
+def engine_arms(task: ClassifyTask, network: ResNetNetwork, batch: dict[str, Tensor], chosen: Sizes, model: str) -> dict[str, Step]:
+    """The arms that run as stages do, by name."""
     made = {"ours": _engine(TaskModule(copy.deepcopy(network), task).to(device()), batch, chosen)}
     if model in MODELS:
         made["ours, compiled"] = _engine(TaskModule(copy.deepcopy(network), task).to(device()), batch, chosen, compiled=True)
+    return made
+
+
+def loop_arms(
+    task: ClassifyTask, network: ResNetNetwork, batch: dict[str, Tensor], chosen: Sizes, model: str
+) -> tuple[dict[str, Step], str]:
+    """The arms of a plain loop by name, and why there is none of timm ("" where there is)."""
     module = TaskModule(copy.deepcopy(network), task).to(device())
-    made["ours, plain"] = _plain(module, lambda: module(batch)["loss"], chosen)
+    made = {"ours, plain": _plain(module, lambda: module(batch)["loss"], chosen)}
 
     def add(name: str, peer: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor]) -> None:
         for suffix, layout in (("", torch.contiguous_format), (", channels-last", torch.channels_last)):
@@ -103,7 +114,7 @@ def arms(config: ResNetConfig, task: ClassifyTask, batch: dict[str, Tensor], cho
         return made, f"timm is left out: {type(error).__name__}: {str(error).splitlines()[0]}"
     if model not in MODELS:
         return made, "timm is left out: it has no such tiny network"
-    peer = timm.create_model(model, num_classes=config.classes)
+    peer = timm.create_model(model, num_classes=network.config.classes)
     add("timm", peer, lambda peer, pixels: F.cross_entropy(peer(pixels).float(), batch["labels"]))
     return made, ""
 
@@ -145,30 +156,76 @@ def timed(step: Step, steps: int) -> float:
     return time.perf_counter() - began
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of the benchmark."""
-    chosen, model = sizes(options), "tiny" if options.preset == "ci" else options.model
-    start_ranks()
+class Built(NamedTuple):
+    """What a process has built."""
+
+    losses: dict[str, float]
+    """Of the first step, by arm."""
+    flops: int
+    """Of a forward pass of one image."""
+    missing: str
+    """Why an arm is not there; "" where all are."""
+
+
+_arms: dict[str, Step] = {}
+"""Those of this process."""
+
+
+def build(engines: bool, chosen: Sizes, model: str, threads: int) -> Built:
+    """Builds the arms with or without engines, and takes the steps that pay for allocation, the choice of kernels and compilation.
+
+    Raises:
+        UserError: there are fewer images than a batch takes.
+    """
+    torch.set_num_threads(threads)
+    if engines:
+        start_ranks()
     task = ClassifyTask(ClassifySection(), ImageData(size=chosen.size, channels=3))
     if chosen.batch > len(task.train):
         raise UserError(f"--batch {chosen.batch}: there are {len(task.train)} images; give fewer")
     batch = to_device(task.train.fetch(np.arange(chosen.batch), None))
     tree = TINY if model == "tiny" else {**expand_preset({"preset": model}), "image_channels": 0, "image_size": 0, "classes": 0}
     config = task.complete(validate(ResNetConfig, tree))
-    assert isinstance(config, ResNetConfig)
-    made, missing = arms(config, task, batch, chosen, model)
-    # the first steps pay for allocation, the choice of kernels and compilation
-    first = {name: float(step()) for name, step in made.items()}
-    for step in made.values():
-        timed(step, 1 if options.preset == "ci" else 2)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    names = list(made)
-    for repeat in range(chosen.repeats):
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:
-            seconds[name].append(timed(made[name], chosen.steps))
-    stop_ranks()
-    work = 3 * flops(config).total
+    torch.manual_seed(0)
+    network = config.build()
+    assert isinstance(network, ResNetNetwork)
+    missing = ""
+    if engines:
+        _arms.update(engine_arms(task, network, batch, chosen, model))
+    else:
+        made, missing = loop_arms(task, network, batch, chosen, model)
+        _arms.update(made)
+    losses = {name: float(step()) for name, step in _arms.items()}
+    for name in _arms:
+        again(name, 1)
+    return Built(losses, flops(config).total, missing)
+
+
+def again(name: str, steps: int) -> float:
+    """Seconds of some more steps of an arm of this process, after one that is not timed."""
+    float(_arms[name]())
+    return timed(_arms[name], steps)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of the benchmark."""
+    chosen, model = sizes(options), "tiny" if options.preset == "ci" else options.model
+    with ExitStack() as stack:
+        homes: dict[str, ProcessPoolExecutor] = {}
+        built: list[Built] = []
+        for engines in (True, False):
+            home = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            built.append(home.submit(build, engines, chosen, model, options.threads).result())
+            homes.update(dict.fromkeys(built[-1].losses, home))
+        seconds: dict[str, list[float]] = {name: [] for name in homes}
+        names = list(homes)
+        for repeat in range(chosen.repeats):
+            turn = repeat % len(names)
+            for name in names[turn:] + names[:turn]:
+                seconds[name].append(homes[name].submit(again, name, chosen.steps).result())
+        homes["ours"].submit(stop_ranks).result()
+    first = built[0].losses | built[1].losses
+    work = 3 * built[0].flops
     peak = peak_flops(chosen.precision)
     rows: dict[str, dict[str, Any]] = {}
     for name, taken in seconds.items():
@@ -192,7 +249,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "ratio_over_hf_channels_last": ratio["hugging face, channels-last"],
         "ratio_over_timm": ratio.get("timm"),
         "mfu": rows["ours"]["mfu"],
-        "missing": missing,
+        "missing": built[1].missing,
         "arms": rows,
     }
 

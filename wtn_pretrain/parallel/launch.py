@@ -57,7 +57,7 @@ def start_ranks(start: Start | None = None) -> Place:
     import deepspeed.comm as dist
     from deepspeed.utils import logger
 
-    from wtn_pretrain.device import backend, device
+    from wtn_pretrain.device import backend, device, keep_freed_memory
 
     logger.setLevel("WARNING")
     if not dist.is_initialized():
@@ -66,6 +66,7 @@ def start_ranks(start: Start | None = None) -> Place:
             index = device_index(start, torch.accelerator.device_count())
             torch.accelerator.set_device_index(index)
             os.environ["LOCAL_RANK"] = str(index)  # which DeepSpeed takes for the device
+        keep_freed_memory()
         # DeepSpeed's shared-memory collectives serve its inference alone; they take a minute and a half to compile, and
         # every launch would leave 66 MiB a rank behind in /dev/shm
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
