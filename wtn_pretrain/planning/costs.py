@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple, Self
 
@@ -14,7 +14,7 @@ from wtn_pretrain.device import device
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.models.base import BlockConfig, Flops
-from wtn_pretrain.planning.footprint import FusedAttention, teaching_peak, training_peak
+from wtn_pretrain.planning.footprint import FusedAttention, Training, teaching_peak, training_peak
 from wtn_pretrain.planning.pieces import Piece, allocate, autocast, batch, cut, row_bytes
 
 STATES = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}
@@ -66,6 +66,10 @@ class UnitCost(NamedTuple):
     """Bytes that the teacher's forward makes at once."""
     student_work: Curve
     """Bytes that the student's forward and backward make at once, its gradients included."""
+    student_held: Curve
+    """Bytes that are held from its loss until its backward: its graph, the loss's with it."""
+    student_graph: Curve
+    """Of these, bytes that are there without a loss."""
     hidden: int
     """Bytes a row of the teacher's output."""
     context: int
@@ -137,27 +141,39 @@ def _declared(piece: Piece, section: ImitateSection, rows: int, target: Device, 
     # times are linear in the rows here, so two points tell all
     made = working_sets(piece, section, {rows} if quick else {math.ceil(rows / 4), rows}, fed)
     if quick and rows > 1:
-        made += [(1, teaching // rows, training // rows) for _, teaching, training in made]
-    teacher_work = Curve.through((some, teaching) for some, teaching, _ in made)
-    student_work = Curve.through((some, training) for some, _, training in made)
+        made += [WorkingSet(1, *(size // rows for size in found[1:])) for found in made]
     # a backward pass costs twice a forward pass; what an operator makes is written once and read about once
     passes = 3 if piece.learns else 1
     student_flops = passes * unit.student_flops + _bridge_flops(piece, fed)
     teacher = Curve.through(
-        (some, target.overhead + some * unit.teacher_flops / target.flops + 2 * teaching / target.bandwidth) for some, teaching, _ in made
+        (work.rows, target.overhead + work.rows * unit.teacher_flops / target.flops + 2 * work.teacher / target.bandwidth) for work in made
     )
     student = Curve.through(
-        (some, (passes - 1 or 1) * target.overhead + some * student_flops / target.flops + 2 * training / target.bandwidth)
-        for some, _, training in made
+        (work.rows, (passes - 1 or 1) * target.overhead + work.rows * student_flops / target.flops + 2 * work.student / target.bandwidth)
+        for work in made
     )
-    cost = describe(piece, section, teacher, student, 0.0, teacher_work, student_work)
+    cost = describe(piece, section, teacher, student, 0.0, made)
     # the step reads weights, gradients and states and writes all but the gradients, clipping reads the gradients once more
     moved = 4 * cost.trained + 2 * cost.states
     return cost._replace(step=target.overhead + moved / target.bandwidth if piece.learns else 0.0)
 
 
-def working_sets(piece: Piece, section: ImitateSection, counts: Iterable[int], fed: str) -> list[tuple[int, int, int]]:
-    """For each number of rows, the bytes that teacher and student make at once: from shapes alone, equal to what a run makes."""
+class WorkingSet(NamedTuple):
+    """Bytes of a unit at work on a number of rows."""
+
+    rows: int
+    teacher: int
+    """The most that its forward makes at once."""
+    student: int
+    """The most that forward, loss and backward make at once."""
+    held: int
+    """Of the student's, from its loss until its backward."""
+    graph: int
+    """Of these, what is there without a loss."""
+
+
+def working_sets(piece: Piece, section: ImitateSection, counts: Iterable[int], fed: str) -> list[WorkingSet]:
+    """The memory at work for each number of rows: from shapes alone, equal to what a run makes."""
     unit, cast = copy.deepcopy(piece.unit), autocast(section, "cpu")
     found = []
     with FakeTensorMode(), FusedAttention():
@@ -165,16 +181,14 @@ def working_sets(piece: Piece, section: ImitateSection, counts: Iterable[int], f
         for rows in counts:
             entered, student = batch(piece.teacher_in, rows, "cpu"), batch(piece.student_in, rows, "cpu")
             teaching, target, taps = teaching_peak(unit, entered, cast)
-            training = rows * row_bytes(piece.student_out.hidden)
+            training = Training(*[rows * row_bytes(piece.student_out.hidden)] * 3)
             if piece.learns:
                 training = training_peak(unit, entered, student, fed, target, taps, cast)
-            found.append((rows, teaching, training))
+            found.append(WorkingSet(rows, teaching, *training))
     return found
 
 
-def describe(
-    piece: Piece, section: ImitateSection, teacher: Curve, student: Curve, step: float, teacher_work: Curve, student_work: Curve
-) -> UnitCost:
+def describe(piece: Piece, section: ImitateSection, teacher: Curve, student: Curve, step: float, work: Sequence[WorkingSet]) -> UnitCost:
     """A unit's costs from what was counted or measured and what its shape says."""
     unit = piece.unit
     own = unit.own_parameters() if piece.learns else []
@@ -191,8 +205,10 @@ def describe(
         trained=trained,
         states=trained * STATES[section.optimizer.name],
         step_work=2 * largest,
-        teacher_work=teacher_work,
-        student_work=student_work,
+        teacher_work=Curve.through((one.rows, one.teacher) for one in work),
+        student_work=Curve.through((one.rows, one.student) for one in work),
+        student_held=Curve.through((one.rows, one.held) for one in work),
+        student_graph=Curve.through((one.rows, one.graph) for one in work),
         hidden=row_bytes(piece.teacher_out.hidden),
         context=sum(map(row_bytes, piece.teacher_out.context)),
         student_hidden=row_bytes(piece.student_out.hidden),

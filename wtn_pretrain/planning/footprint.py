@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +62,30 @@ def teaching_peak(unit: Unit, flow: Flow, autocast: Callable[[], torch.autocast]
     return made.peak, target, taps
 
 
+class Training(NamedTuple):
+    """Bytes that a student makes; none is left behind."""
+
+    peak: int
+    """The most at once in forward, loss and backward, gradients included."""
+    held: int
+    """From the loss until the backward pass: its graph, the loss's with it."""
+    graph: int
+    """Of these, what is there without a loss."""
+
+
 def training_peak(
     unit: Unit, teacher: Flow, student: Flow, fed: str, target: Carry, taps: Taps, autocast: Callable[[], torch.autocast]
-) -> int:
-    """The most bytes that a student's forward, loss and backward make at once, gradients included; none is left behind."""
+) -> Training:
+    """What a student's forward, loss and backward make."""
     with LiveStorages() as made:
-        train(unit, teacher, student, fed, target, taps, autocast)
+        with autocast():
+            output, own = unit.answer(unit.enter(teacher, student, fed, local=True))
+            graph = made.live
+            share = _share(unit, output, own, target, taps)
+        held = made.live
+        share.backward()
     unit.zero_grad(set_to_none=True)
-    return made.peak
+    return Training(made.peak, held, graph)
 
 
 def train(
@@ -85,6 +101,10 @@ def train(
     """A student's forward, loss and backward, as the engine runs them on one rank."""
     with autocast():
         output, own = unit.answer(unit.enter(teacher, student, fed, local=True))
-        loss = unit.loss(output, own, target, taps)
-        share = loss.top / loss.bottom.detach()
+        share = _share(unit, output, own, target, taps)
     backward(share)
+
+
+def _share(unit: Unit, output: Carry, own: Taps, target: Carry, taps: Taps) -> Tensor:
+    loss = unit.loss(output, own, target, taps)
+    return loss.top / loss.bottom.detach()

@@ -105,15 +105,13 @@ def _measured(piece: Piece, section: ImitateSection, rows: int, fed: str, repeat
     points = [(some, *_seconds(unit, learner, piece, section, some, fed, repeats)) for some in counts]
     if learner is not None:
         learner.close()
-    work = working_sets(piece, section, counts, fed)
     return describe(
         piece,
         section,
         Curve.through((some, teacher) for some, teacher, _, _ in points),
         Curve.through((some, student) for some, _, student, _ in points),
         median(step for *_, step in points),
-        Curve.through((some, teacher) for some, teacher, _ in work),
-        Curve.through((some, student) for some, _, student in work),
+        working_sets(piece, section, counts, fed),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -26,12 +26,17 @@ class Flow(NamedTuple):
     """Micro-batches that an optimizer step takes."""
     wire: float = 1.0
     """Bytes sent for each byte held: 0.5 where fp32 travels as bf16."""
+    graphs: Literal["unit", "all", "below"] = "unit"
+    """What is held of the students until a backward pass: a unit's graph for its own, the graphs of all units for one pass through them,
+    or these where only the topmost unit has a loss."""
 
 
 def flow(section: ImitateSection, fed: str = "student", zero: int = 0) -> Flow:
     """The flow that a section asks for."""
     rows = section.micro_batch_size or section.batch_size
-    return Flow(rows, fed, zero, section.in_flight, section.batch_size // rows, 0.5 if section.wire == "bf16" else 1.0)
+    through: Literal["unit", "below"] = "below" if section.schedule == "bottom_up" and section.below == "joint" else "unit"
+    graphs = "all" if section.schedule == "joint" else through
+    return Flow(rows, fed, zero, section.in_flight, section.batch_size // rows, 0.5 if section.wire == "bf16" else 1.0, graphs)
 
 
 class Memory(NamedTuple):
@@ -49,7 +54,8 @@ class Memory(NamedTuple):
     packets: np.ndarray
     """Activations that came in and wait or are worked on, and those that wait to leave."""
     targets: np.ndarray
-    """The teacher's outputs: of all units at once where the span above waits for the last, else of the one that learns."""
+    """The teacher's outputs: of all units at once where the span above waits for the last, else of the one that learns. Where graphs of
+    all units are held, they are part of `work`."""
     work: np.ndarray
     """What the unit at work makes, gradients of its own left out."""
 
@@ -107,6 +113,8 @@ class SpanCosts:
         single = np.maximum.accumulate(both)[:, None] * share
         if flow.fed == "teacher":
             targets = np.concatenate([targets[:-1], single[-1:]])
+        elif flow.graphs != "unit":
+            targets = np.zeros_like(targets)
         else:
             targets = single + np.maximum.accumulate([cost.student_hidden for cost in costs])[:, None] * share
         incoming = self._leaving[first - 1] if first else np.multiply(self.costs[0].inputs, share)
@@ -129,6 +137,8 @@ class SpanCosts:
 
     def _peak(self, first: int) -> np.ndarray:
         """Most bytes that the units from `first` make at work, with the gradients of the units before them [lasts, r]."""
+        if self.flow.graphs != "unit":
+            return self._peak_of_all(first)
         flow, costs = self.flow, self.costs[first:]
         trained = np.array([cost.trained for cost in costs])
         before = (np.cumsum(trained) - trained) if flow.accumulation == 1 else np.zeros(len(costs))
@@ -137,6 +147,25 @@ class SpanCosts:
         parts = self.replicas if flow.zero == 2 else np.ones_like(self.replicas)
         peak = np.maximum(np.maximum(student, self._teacher_work[first:]) + before[:, None] / parts, step[:, None] / parts)
         return np.maximum.accumulate(peak)
+
+    def _peak_of_all(self, first: int) -> np.ndarray:
+        """`_peak` where one backward pass goes down through all units, which have held their graphs until then; with the teacher's
+        outputs, which losses do not hold."""
+        costs = self.costs[first:]
+        parts = self.replicas if self.flow.zero == 2 else np.ones_like(self.replicas)
+        trained = np.cumsum([cost.trained for cost in costs])[:, None] * (self.flow.accumulation == 1) / parts
+        held = np.array([cost.student_held.at(self.share) for cost in costs])
+        work = self._student_work[first:]
+        if self.flow.graphs == "below":
+            # the units below have no loss
+            graph = np.array([cost.student_graph.at(self.share) for cost in costs])
+            work, held = work - (held - graph), graph
+        below = np.cumsum(held, axis=0) - held
+        # forward: the teacher beside the graphs of the students below it; backward: those, and the gradients of the units above
+        forward = np.maximum.accumulate(below + self._teacher_work[first:])
+        backward = np.maximum.accumulate(below + work + np.array([[cost.hidden] for cost in costs]) * self.share - trained) + trained
+        step = trained + np.maximum.accumulate([cost.step_work for cost in costs])[:, None] / parts
+        return np.maximum(np.maximum(forward, backward), step)
 
     @cached_property
     def _work(self) -> np.ndarray:

@@ -38,6 +38,8 @@ def unit(draw: random.Random, first: bool, rows: int) -> UnitCost:
         step_work=draw.randrange(50),
         teacher_work=curve(20),
         student_work=curve(20),
+        student_held=curve(10),
+        student_graph=curve(5),
         hidden=draw.choice([1, 50, 400]),
         context=draw.choice([0, 5]),
         student_hidden=draw.choice([1, 40]),
