@@ -1,4 +1,4 @@
-"""Batch norm over ranks that hold 3, 5, ... images, against one batch norm over all of them in double precision: normed.py FOLDER"""
+"""Batch norms of ranks that hold 3, 5, ... images, against batch norms in double precision on one: normed.py FOLDER"""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from wtn_pretrain.parallel.batchnorm import synchronise_batch_norm
+from wtn_pretrain.parallel.batchnorm import RunningStatistics, synchronise_batch_norm
 from wtn_pretrain.parallel.launch import start_ranks, stop_ranks
 
 
@@ -52,6 +52,21 @@ def main(folder: Path) -> None:
         for name in ("running_mean", "running_var"):
             compare(name, norm.get_buffer(name), whole.get_buffer(name))
         assert int(norm.num_batches_tracked) == 1
+    # each rank by itself, twice, and their statistics averaged each time
+    norm = nn.BatchNorm2d(6)
+    norm.load_state_dict(start)
+    alone = [whole.double() for whole in (nn.BatchNorm2d(6) for _ in counts)]
+    statistics = RunningStatistics(nn.Sequential(norm), None)
+    for _ in range(2):
+        norm(images[part])
+        statistics.average()
+        for other, images_of_rank in zip(alone, images.double().split(counts), strict=True):
+            other(images_of_rank)
+        for name in ("running_mean", "running_var"):
+            expected = torch.stack([other.get_buffer(name) for other in alone]).mean(0)
+            compare(f"average of {name}", norm.get_buffer(name), expected)
+            for other in alone:
+                other.get_buffer(name).copy_(expected)
     (folder / f"rank-{place.rank}.json").write_text(json.dumps(found))
     stop_ranks()
 

@@ -1,4 +1,4 @@
-"""Batch norm over the whole micro-batch of several ranks, on any device (torch's own needs an accelerator)."""
+"""Batch norms of several ranks: over their whole micro-batch, on any device (torch's own needs an accelerator), or each over its own."""
 
 from typing import Any
 
@@ -80,3 +80,26 @@ def synchronise_batch_norm(network: nn.Module, group: dist.ProcessGroup | None =
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
             setattr(module, "group", group)  # noqa: B010  (its class has just changed)
+
+
+class RunningStatistics:
+    """Those of batch norms that normalise with their own rank's samples: in evaluation and in checkpoints there is one network.
+
+    What a rank's norm has seen moves its running mean and variance linearly, so the mean over ranks is what one norm would keep that
+    saw the statistics of all ranks one after the other with a share of its momentum each.
+    """
+
+    def __init__(self, network: nn.Module, group: dist.ProcessGroup | None) -> None:
+        """`group`: the ranks that see different samples; None: all. The network keeps its buffers, in place."""
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        self._buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+        self._group = group
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Every rank's become the mean over the ranks, the same bits everywhere; one message."""
+        if self._buffers:
+            flat = torch.cat(self._buffers)
+            dist.all_reduce(flat, group=self._group)
+            flat /= dist.get_world_size(self._group)
+            torch._foreach_copy_(self._buffers, list(flat.split([buffer.numel() for buffer in self._buffers])))

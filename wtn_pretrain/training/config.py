@@ -70,6 +70,9 @@ class TrainSection(Section):
     """Ranks among which every layer is divided (Megatron's tensor parallelism); the others see other samples."""
     sequence_parallel: bool = False
     """Divide the positions as well between those layers, for norms and dropout: less memory for activations. With tensor_parallel."""
+    batch_norms: Literal["all", "rank"] = "all"
+    """all: batch norms take the statistics of the samples of all ranks, so that their number changes nothing; rank: each of its own
+    samples (of a micro-batch), and their running statistics are averaged. Published ImageNet recipes have 32 to 256 samples a rank."""
     checkpoint_activations: bool | Annotated[int, Field(ge=1)] = False
     """Compute activations anew in the backward pass instead of keeping them: true in every block, N in every N-th."""
     compile: bool = False

@@ -183,7 +183,7 @@ def start_engine(module: nn.Module, section: TrainSection, stage: str, world_siz
     level = zero.get("stage", 0)
     if level < 3:
         module.to(device())
-    if world_size > 1:
+    if world_size > 1 and section.batch_norms == "all":
         synchronise_batch_norm(module)
     if section.compile:
         say(f"{stage}: compiling the blocks, so the first step takes a minute or more")

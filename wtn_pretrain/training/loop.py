@@ -18,6 +18,7 @@ from wtn_pretrain.data.stream import Batch, batches
 from wtn_pretrain.device import RunAhead, device, peak_flops, peak_memory, to_device
 from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.models.base import BlockNetwork
+from wtn_pretrain.parallel.batchnorm import RunningStatistics
 from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place, wait_for_all
 from wtn_pretrain.parallel.preemption import Departure, Notice
@@ -119,6 +120,8 @@ class _Training:
         mpu = grid if section.tensor_parallel > 1 else None
         self.engine = start_engine(module, section, stage, grid.data_count, self.stream.accumulation, mpu=mpu)
         self.average = Average(network, section.ema) if section.ema else None
+        own = section.batch_norms == "rank" and grid.data_count > 1
+        self.statistics = RunningStatistics(network, grid.data_group) if own else None
         identity: dict[str, int | str] = {
             "stage": stage,
             "seed": seed,
@@ -241,6 +244,8 @@ class _Training:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / self.stream.accumulation
         taken = not self.guard.left_out(step, sums["loss"])
+        if self.statistics is not None and taken:
+            self.statistics.average()
         if self.average is not None and taken:
             self.average.update()
         return sums, {"lr": rate, **(self._told(norm) if telling else {})}, taken

@@ -37,7 +37,7 @@ class Counted(NamedTuple):
     message_bytes: int
     """What they hold, all together; an all-reduce counts twice, as it scatters and gathers."""
     norms: int
-    """Batch norms, whose statistics all data ranks sum."""
+    """Batch norms."""
     modules: int
     """Modules that have parameters of their own."""
 

@@ -109,7 +109,8 @@ def _data(work: Work, layout: Layout, made: Counted, machines: Cluster, on: str)
         sent = layout.accumulation * (gathers + collective(parameters, size, messages))
         # weights are brought together ahead of their use, but for the first and as far as that is allowed
         hidden = 0.5 * layout.accumulation * gathers
-    small = layout.accumulation * 2 * made.norms * (2 * latency + machines.meeting)
+    sums = layout.accumulation * 2 * made.norms if work.section.batch_norms == "all" else min(1, made.norms)
+    small = sums * (2 * latency + machines.meeting)
     return sent + small, 0.0 if on == "cpu" else hidden
 
 
