@@ -48,11 +48,16 @@ WIKIPEDIA = ROOT.parent / "shared" / "data" / "wiki-en-2014" / "train-00.txt.xz"
 GOAL = 3.0
 
 
+def files_of(options: argparse.Namespace) -> list[str]:
+    """The text files; none: Python's own text."""
+    if options.text:
+        return [str(path) for path in options.text]
+    return [str(WIKIPEDIA)] if options.preset == "full" and WIKIPEDIA.exists() else []
+
+
 def source_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Where the text comes from, paragraphs written out as documents of their own if these are asked for."""
-    paths = [str(path) for path in options.text or ()]
-    if not paths and options.preset == "full" and WIKIPEDIA.exists():
-        paths = [str(WIKIPEDIA)]
+    paths = files_of(options)
     if options.documents == "articles":
         return {"source": "files", "paths": paths} if paths else {"source": "pydoc"}
     corpus: Corpus = TextFiles(find_text_files(paths)) if paths else PydocTopics()
@@ -100,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "model": name,
         "shape": work.shape._asdict(),
         "documents": options.documents,
-        "text": [Path(path).name for path in work.data["documents"].paths] or ["pydoc"],
+        "text": [Path(path).name for path in files_of(options)] or ["pydoc"],
         "steps": steps,
         "repeats": repeats,
         "kernels": choose("auto").describe(),
