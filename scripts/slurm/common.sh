@@ -22,8 +22,9 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_
 within=()
 # Apptainer (PATH is the image's, and so would be a PYTHONPATH that the image sets):
 #   within=(apptainer exec --nv --env "PYTHONPATH=$PYTHONPATH" --bind "$PWD,$root" "$HOME/wtn.sif")
-# Bubblewrap, or another runtime that a signal ends instead of being passed on: srun signals the group of processes, the ranks too.
-#   within=(env --ignore-signal=TERM,USR1 bwrap --ro-bind / / --dev-bind /dev /dev --tmpfs /tmp --bind "$PWD" "$PWD" --unshare-pid --proc /proc)
+# Bubblewrap, or another runtime that a signal ends instead of being passed on (srun signals the whole group, the ranks too):
+#   within=(env --ignore-signal=TERM,USR1 bwrap --bind "$HOME/wtn" / --dev-bind /dev /dev --proc /proc --unshare-pid)
+#   within+=(--bind "$root" "$root" --bind "$PWD" "$PWD")
 pyxis=()
 # Pyxis:
 #   pyxis=(--container-image="$HOME/wtn.sqsh" --container-mounts="$PWD:$PWD,$root:$root" --container-workdir="$PWD")

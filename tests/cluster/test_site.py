@@ -73,6 +73,14 @@ def until_step(cluster: Slurm, folder: Path, job: int, step: int, timeout: float
 
 
 @pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder that a job is submitted from, apart from the project's."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
 def modulefiles(tmp_path: Path) -> Path:
     """Modules named as in the shipped line; one sets a variable and brings a python of its own, which is no good."""
     files, tools = tmp_path / "modulefiles", tmp_path / "tools"
@@ -92,10 +100,10 @@ def modulefiles(tmp_path: Path) -> Path:
 
 @pytest.mark.skipif(not MODULES.exists(), reason="environment-modules is not installed; bash scripts/cluster_tests.sh installs it")
 @pytest.mark.parametrize("defined", [False, True], ids=["by-the-script", "exported"])
-def test_modules_reach_the_ranks(defined: bool, cluster: Slurm, modulefiles: Path, tmp_path: Path) -> None:
+def test_modules_reach_the_ranks(defined: bool, cluster: Slurm, modulefiles: Path, run: Path, tmp_path: Path) -> None:
     """The function `module` may come with the environment of the shell that submits, or not at all."""
     copy = site(tmp_path, "Modules")
-    write_recipe(tmp_path / "recipe.yaml", recipe(BERT))
+    write_recipe(run / "recipe.yaml", recipe(BERT))
     environment = {"MODULEPATH": str(modulefiles), "VIRTUAL_ENV": sys.prefix}
     if defined:
         shell = subprocess.run(["bash", "-c", f"source {MODULES}; env -0"], capture_output=True, text=True, check=True)
@@ -103,23 +111,23 @@ def test_modules_reach_the_ranks(defined: bool, cluster: Slurm, modulefiles: Pat
         functions = {name: value for name, _, value in pairs if name.startswith(("BASH_FUNC_", "MODULES_CMD"))}
         assert any("module%%" in name for name in functions)
         environment |= functions
-    job = sbatch(cluster, copy, tmp_path, environment)
-    assert cluster.wait(job)["JobState"] == "COMPLETED", told(tmp_path, job)
+    job = sbatch(cluster, copy, run, environment)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", told(run, job)
     for name in ("0-0.log", "1-1.log"):
-        assert "NCCL_DEBUG OF_A_MODULE in 0" in (tmp_path / f"logs/wide-{job}" / name).read_text(), told(tmp_path, job)
+        assert "NCCL_DEBUG OF_A_MODULE in 0" in (run / f"logs/wide-{job}" / name).read_text(), told(run, job)
 
 
 @pytest.mark.skipif(not MODULES.exists(), reason="environment-modules is not installed; bash scripts/cluster_tests.sh installs it")
-def test_a_module_that_is_not_there_ends_the_job(cluster: Slurm, modulefiles: Path, tmp_path: Path) -> None:
+def test_a_module_that_is_not_there_ends_the_job(cluster: Slurm, modulefiles: Path, run: Path, tmp_path: Path) -> None:
     (modulefiles / "nccl").unlink()
     copy = site(tmp_path, "Modules")
-    write_recipe(tmp_path / "recipe.yaml", recipe(BERT))
-    job = sbatch(cluster, copy, tmp_path, {"MODULEPATH": str(modulefiles)})
+    write_recipe(run / "recipe.yaml", recipe(BERT))
+    job = sbatch(cluster, copy, run, {"MODULEPATH": str(modulefiles)})
     facts = cluster.wait(job)
-    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), told(tmp_path, job)
-    said = (tmp_path / f"wide-{job}.out").read_text()
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), told(run, job)
+    said = (run / f"wide-{job}.out").read_text()
     assert "nccl" in said and "submit from the project's folder" not in said, said
-    assert not (tmp_path / "logs").exists()
+    assert not (run / "logs").exists()
 
 
 IMAGE = """Bootstrap: scratch
@@ -149,7 +157,9 @@ def container(request: pytest.FixtureRequest, tmp_path: Path) -> Container:
     home = tmp_path / "home"
     home.mkdir()
     if program == "bwrap":
-        return Container(request.param, {"HOME": str(home), "TMPDIR": "/tmp"})
+        # the image is this machine
+        (home / "wtn").symlink_to("/")
+        return Container(request.param, {"HOME": str(home)})
     binds = {"/usr", "/etc", "/opt", sys.prefix, sys.base_prefix}
     (tmp_path / "wtn.def").write_text(IMAGE.format(path=Path(sys.executable).parent))
     subprocess.run(["apptainer", "build", "--force", home / "wtn.sif", tmp_path / "wtn.def"], check=True, capture_output=True)
@@ -184,36 +194,36 @@ def contained(cluster: Slurm) -> bool:
     return {host.name for host, _ in found} == set(NODES) and all(inside)
 
 
-def test_a_container_is_told_to_end_and_continues(cluster: Slurm, container: Container, tmp_path: Path) -> None:
+def test_a_container_is_told_to_end_and_continues(cluster: Slurm, container: Container, run: Path, tmp_path: Path) -> None:
     """The signal ahead of a limit; then taken from its nodes; then cancelled, after which no process is left."""
     copy = site(tmp_path, container.heading)
-    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, LONG))
-    job = sbatch(cluster, copy, tmp_path, container.environment)
+    write_recipe(run / "recipe.yaml", recipe(BERT, LONG))
+    job = sbatch(cluster, copy, run, container.environment)
     step = 0
     for by, call in (("SIGUSR1", ["scancel", "--signal=USR1"]), ("SIGTERM", ["scontrol", "requeue"])):
-        until_step(cluster, tmp_path, job, step + 5)
+        until_step(cluster, run, job, step + 5)
         assert contained(cluster)
-        cluster.succeed(*call, str(job), cwd=tmp_path)
+        cluster.succeed(*call, str(job), cwd=run)
         cluster.wait(job, "PENDING", "REQUEUED")
-        left = re.findall(rf"left after step (\d+) of 100000 on {by}, all saved", told(tmp_path, job))
-        assert left, told(tmp_path, job)
+        left = re.findall(rf"left after step (\d+) of 100000 on {by}, all saved", told(run, job))
+        assert left, told(run, job)
         step = int(left[-1])
-        assert (tmp_path / f"runs/bert/wide/checkpoints/step{step}").is_dir()
+        assert (run / f"runs/bert/wide/checkpoints/step{step}").is_dir()
         assert not ranks(cluster)
         cluster.wait(job, "RUNNING")
-    until_step(cluster, tmp_path, job, step + 5)
-    cluster.succeed("scancel", str(job), cwd=tmp_path)
+    until_step(cluster, run, job, step + 5)
+    cluster.succeed("scancel", str(job), cwd=run)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
-    assert cluster.facts(job)["Restarts"] == "2", told(tmp_path, job)
+    assert cluster.facts(job)["Restarts"] == "2", told(run, job)
     assert not ranks(cluster)
-    steps = steps_logged(tmp_path / "runs/bert/wide")
+    steps = steps_logged(run / "runs/bert/wide")
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_mistake_in_a_container_fails_the_job(cluster: Slurm, container: Container, tmp_path: Path) -> None:
+def test_a_mistake_in_a_container_fails_the_job(cluster: Slurm, container: Container, run: Path, tmp_path: Path) -> None:
     copy = site(tmp_path, container.heading)
-    write_recipe(tmp_path / "recipe.yaml", recipe(BERT, {"data.source": "files", "data.paths": ["nowhere.txt"]}))
-    job = sbatch(cluster, copy, tmp_path, container.environment)
+    write_recipe(run / "recipe.yaml", recipe(BERT, {"data.source": "files", "data.paths": ["nowhere.txt"]}))
+    job = sbatch(cluster, copy, run, container.environment)
     facts = cluster.wait(job)
-    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), told(tmp_path, job)
-    assert "nowhere.txt" in (tmp_path / f"wide-{job}.out").read_text()
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0"), told(run, job)
+    assert "nowhere.txt" in (run / f"wide-{job}.out").read_text()
