@@ -6,9 +6,11 @@ cd "$SLURM_SUBMIT_DIR" || { echo "error: $SLURM_SUBMIT_DIR is not on $(hostname)
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-# Modules (a batch script is no login shell: the function may be missing; Lmod's file is lmod.sh there, or of the site's own name):
+# Modules (a batch script is no login shell: the function may be missing; Lmod's file is lmod.sh, or reads unset variables):
+#   set +u
 #   command -v module > /dev/null || source /etc/profile.d/modules.sh
 #   module load cuda nccl || exit 2
+#   set -u
 # again where it was active when the job was submitted: a module may have put another python before it
 env=${VIRTUAL_ENV:-$root/.venv}
 [ ! -e "$env/bin/activate" ] || source "$env/bin/activate"
