@@ -6,9 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "$(id -u)" = 0 ] || { echo "error: namespaces, slurmd and sshd need root; run this as root, in a container for instance" >&2; exit 2; }
 PATH="$PATH:/usr/sbin:/sbin"
 missing=()
-for pair in slurmctld:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 nsenter:util-linux; do
+for pair in slurmctld:slurm-wlm munged:munge sshd:openssh-server ssh:openssh-client pdsh:pdsh ip:iproute2 nsenter:util-linux bwrap:bubblewrap; do
   command -v "${pair%%:*}" > /dev/null || missing+=("${pair##*:}")
 done
+[ -e /etc/profile.d/modules.sh ] || missing+=(environment-modules)
 if [ ${#missing[@]} -gt 0 ]; then
   command -v apt-get > /dev/null || { echo "error: install ${missing[*]} first" >&2; exit 2; }
   apt-get update -qq

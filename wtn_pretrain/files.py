@@ -3,12 +3,18 @@
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from wtn_pretrain.errors import UserError
+
+
+def draft_of(path: Path) -> Path:
+    """A name beside `path` for what is not finished, of this call alone: containers on several nodes number their processes alike."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -23,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
     """Like `write_text`, for a writer that wants a path of its own. It may put another file there, as safetensors does from version 0.8 on,
     and name others beside it: they are in a folder of their own."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.part")
+    folder = draft_of(path)
     part = folder / path.name
     with _told(path):
         make_folder(path.parent)
@@ -44,7 +50,7 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Like `write_text`, for a file that `write` fills; it must not be replaced meanwhile."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = draft_of(path)
     with _told(path):
         make_folder(path.parent)
         try:
@@ -104,7 +110,7 @@ def switch_folder(draft: Path, path: Path) -> None:
     sync_folder(draft)
     if path.exists():
         # a folder that holds something cannot be replaced in one step
-        gone = path.with_name(f".{path.name}.{os.getpid()}.part")
+        gone = draft_of(path)
         os.rename(path, gone)
         os.rename(draft, path)
         shutil.rmtree(gone, ignore_errors=True)

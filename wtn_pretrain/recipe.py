@@ -1,6 +1,6 @@
 """A whole run as one typed configuration."""
 
-import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -171,7 +171,8 @@ def check_writable(folder: Path) -> None:
     """Refuses a run folder that cannot be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
+        # no number of a process: containers on several nodes count alike
+        probe = folder / f".probe-{secrets.token_hex(8)}"
         probe.touch()
         probe.unlink()
     except OSError as error:

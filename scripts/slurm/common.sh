@@ -6,9 +6,14 @@ cd "$SLURM_SUBMIT_DIR" || { echo "error: $SLURM_SUBMIT_DIR is not on $(hostname)
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-# Modules:
-#   module load cuda nccl
-[ -n "${VIRTUAL_ENV:-}" ] || [ ! -e "$root/.venv/bin/activate" ] || source "$root/.venv/bin/activate"
+# Modules (a batch script is no login shell: the function may be missing; Lmod's file is lmod.sh, or reads unset variables):
+#   set +u
+#   command -v module > /dev/null || source /etc/profile.d/modules.sh
+#   module load cuda nccl || exit 2
+#   set -u
+# again where it was active when the job was submitted: a module may have put another python before it
+env=${VIRTUAL_ENV:-$root/.venv}
+[ ! -e "$env/bin/activate" ] || source "$env/bin/activate"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 # srun does not take it from sbatch (since Slurm 22.05)
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
@@ -17,8 +22,11 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 within=()
-# Apptainer:
-#   within=(apptainer exec --nv --bind "$PWD,$root" "$HOME/wtn.sif")
+# Apptainer (PATH is the image's, and so would be a PYTHONPATH that the image sets):
+#   within=(apptainer exec --nv --env "PYTHONPATH=$PYTHONPATH" --bind "$PWD,$root" "$HOME/wtn.sif")
+# Bubblewrap, or another runtime that a signal ends instead of being passed on (srun signals the whole group, the ranks too):
+#   within=(env --ignore-signal=TERM,USR1 bwrap --bind "$HOME/wtn" / --dev-bind /dev /dev --proc /proc --unshare-pid)
+#   within+=(--bind "$root" "$root" --bind "$PWD" "$PWD")
 pyxis=()
 # Pyxis:
 #   pyxis=(--container-image="$HOME/wtn.sqsh" --container-mounts="$PWD:$PWD,$root:$root" --container-workdir="$PWD")
