@@ -20,7 +20,6 @@ from wtn_pretrain.imitation.residence import Residence
 from wtn_pretrain.imitation.schedules import Phase
 from wtn_pretrain.imitation.units import Unit
 from wtn_pretrain.models.base import Carry, Flow, Taps
-from wtn_pretrain.parallel.batchnorm import enough_samples
 from wtn_pretrain.parallel.replicas import Replicas
 from wtn_pretrain.training.guard import weighed
 from wtn_pretrain.training.schedules import scale
@@ -322,8 +321,7 @@ class Imitator:
     def _answer(self, unit: Unit, flow: Flow, learning: bool) -> tuple[Carry, Taps]:
         # a backward pass costs twice a forward pass
         self.work.student_flops += unit.student_flops * samples(flow) * (3 if learning else 1)
-        with enough_samples("narrow.micro_batch_size", "take more samples"):
-            return unit.answer(flow)
+        return unit.answer(flow)
 
 
 def _known(flow: Flow | None) -> Flow:
