@@ -101,7 +101,7 @@ def known_peak(name: str, precision: str) -> float | None:
 
 # mallopt's numbers of these settings (malloc.h of the GNU C library), and what the environment calls them
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+_ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def keep_freed_memory() -> bool:
@@ -111,7 +111,9 @@ def keep_freed_memory() -> bool:
     a ResNet-50's step. Tensors of up to 32 MiB now come from the heap, which is kept; larger ones still go back at once. The environment's
     own settings of an allocator win, and other C libraries are left as they are.
     """
-    if device().type != "cpu" or any(name in os.environ for name in _ALLOCATOR):
+    # tunables are also of the linker and of threads
+    chosen = any(name in os.environ for name in _ALLOCATOR) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if device().type != "cpu" or chosen:
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -43,6 +43,14 @@ def test_ranks_that_normalise_alone_are_micro_batches_of_one(forge: Forge, tmp_p
     assert mine[0] != pytest.approx(found["together"][0], rel=1e-3)
 
 
+def test_one_pixel_of_a_rank_is_too_little(forge: Forge, tmp_path: Path) -> None:
+    changes = {**ALONE, "model.channels": [4, 4, 4, 4], "model.depths": [1, 1, 1, 1], "wide.batch_size": 2}
+    started = forge.start("train_wide.py", write_recipe(tmp_path / "recipe.yaml", recipe(RESNET, changes)), ranks=2)
+    assert started.codes() == [2, 2]
+    (line,) = started.errors()
+    assert line.startswith("error: wide.micro_batch_size: ") and line.endswith("fewer ranks or wide.batch_norms all")
+
+
 def test_ranks_that_normalise_alone_resume_bit_for_bit(forge: Forge, tmp_path: Path) -> None:
     changes = {**ALONE, "wide.steps": 60, "wide.checkpoint_every": 10, "wide.ema": 0.9}
     stage = tmp_path / "runs" / "resnet" / "wide"

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] = {
     # base, changes, plants, ranks; None for the samples: the ninth of the batch of step 7
     "an image, statistics, averages": (RESNET, {"wide.ema": 0.9}, {"samples": None}, 1),
     "an image of one rank of two": (RESNET, {"wide.micro_batch_size": 8, "wide.clip": 0}, {"samples": None}, 2),
+    "an image of one of two ranks that normalise alone": (RESNET, {"wide.batch_norms": "rank", "wide.ema": 0.9}, {"samples": None}, 2),
     "ZeRO 2, a gradient on one rank": (BERT, {"wide.deepspeed": "ds_configs/zero2.json"}, {"gradients": [[7, 1]]}, 2),
     "ZeRO 3, a gradient": (BERT, {"wide.deepspeed": "ds_configs/zero3.json"}, {"gradients": [[7, 0]]}, 2),
     "tensor ranks, a gradient on one": (BERT, {"wide.tensor_parallel": 2, "wide.clip": 0}, {"gradients": [[7, 1]]}, 2),

@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"wide.tensor_parallel": 2, "wide.sequence_parallel": True, "wide.micro_batch_size": 4},
     ),
     "4 tensor x 2 data, ZeRO 1": (8, {"wide.tensor_parallel": 4, "wide.deepspeed": "ds_configs/zero1.json"}),
+    "4 tensor x 2 data, ZeRO 2": (8, {"wide.tensor_parallel": 4, "wide.deepspeed": "ds_configs/zero2.json"}),
     "2 tensor, activations computed anew": (2, {"wide.tensor_parallel": 2, "wide.checkpoint_activations": True}),
     "2 tensor x 2 data, ZeRO 1": (4, {"wide.tensor_parallel": 2, "wide.deepspeed": "ds_configs/zero1.json"}),
     "2 tensor x 2 data, ZeRO 2, positions divided": (

@@ -335,6 +335,15 @@ def test_imitation_that_is_not_finite(refused: Refused, trained: Callable[[dict[
     assert not (tmp_path / "runs" / "resnet" / "narrow" / "checkpoints").exists()
 
 
+# the last of its blocks see one pixel of the digits
+PIXEL = {"model.channels": [4, 4, 4, 4], "model.depths": [1, 1, 1, 1]}
+
+
+def test_one_pixel_to_normalise(refused: Refused) -> None:
+    line = refused(recipe(RESNET, {**PIXEL, "wide.batch_size": 1}))
+    assert "wide.micro_batch_size: a rank's pass is one sample" in line and line.endswith("; take more samples")
+
+
 def test_stages_before_their_time(refused: Refused) -> None:
     line = refused(recipe(RESNET), script="imitate.py")
     assert "wide: holds no finished network" in line

@@ -36,6 +36,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"wide.precision": "bf16_weights", "wide.deepspeed": "ds_configs/zero1.json"},
         "wide.precision: bf16_weights would round the statistics of a resnet's batch norms",
     ),
+    "batch norms of a BERT": (BERT, {"finetune.batch_norms": "rank"}, "finetune.batch_norms: a bert has none.*leave the key out"),
     "positions": (BERT, {"data.sequence_length": 40}, "data.sequence_length: 40 is longer than model.max_positions 32"),
     "kernels": (BERT, {"run.kernels": "apex"}, "run.kernels: apex: .*set run.kernels to auto or torch"),
     "a disk": (

@@ -57,6 +57,9 @@ class Learner:
             for unit in units:
                 synchronise_batch_norm(unit.student, replicas.group)
         parameters = [parameter for unit in units for parameter in unit.own_parameters()]
+        # ZeRO makes whole buckets at every backward pass, however few gradients come
+        zero, numbers = config["zero_optimization"], sum(parameter.numel() for parameter in parameters)
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], numbers)
         optimizer = make_optimizer(section.optimizer, decay_groups(parameters, section.optimizer.weight_decay))
         self._engine, *_ = deepspeed.initialize(model=_Parameters(parameters), optimizer=optimizer, config=config, mpu=replicas)
         average_only_with_others(self._engine, replicas.count)

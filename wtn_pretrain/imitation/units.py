@@ -14,6 +14,7 @@ from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.losses import Ratio, energy_mse, mobilebert
 from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.models.base import BlockNetwork, Carry, Flops, Flow, Taps, channels_last
+from wtn_pretrain.parallel.batchnorm import enough_samples
 
 
 class Unit(nn.Module):
@@ -97,8 +98,13 @@ class Unit(nn.Module):
         return self._run(self.teacher, flow)
 
     def answer(self, flow: Flow) -> tuple[Carry, Taps]:
-        """The student's output, before the bridge."""
-        return self._run(self.student, flow)
+        """The student's output, before the bridge.
+
+        Raises:
+            UserError: a batch norm learns from one sample's one pixel.
+        """
+        with enough_samples("narrow.micro_batch_size", "take more samples"):
+            return self._run(self.student, flow)
 
     def enter(self, teacher: Flow | None, student: Flow | None, fed: str, local: bool, expand: Tensor | None = None) -> Flow:
         """The student's input, from the teacher's activation through R or from the student's own below.

@@ -1,11 +1,15 @@
 """Batch norms of several ranks: over their whole micro-batch, on any device (torch's own needs an accelerator), or each over its own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wtn_pretrain.errors import UserError
 
 
 class _NormOverRanks(torch.autograd.Function):
@@ -103,3 +107,19 @@ class RunningStatistics:
             dist.all_reduce(flat, group=self._group)
             flat /= dist.get_world_size(self._group)
             torch._foreach_copy_(self._buffers, list(flat.split([buffer.numel() for buffer in self._buffers])))
+
+
+@contextmanager
+def enough_samples(key: str, remedy: str) -> Iterator[None]:
+    """Within, a batch norm that learns from one value a channel (one sample, one pixel) is a user's mistake.
+
+    Raises:
+        UserError: names `key`, and ends with the `remedy`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        # torch's own words, for which it has no type of its own
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(f"{key}: a rank's pass is one sample, and of its one pixel a batch norm has no variance; {remedy}") from None

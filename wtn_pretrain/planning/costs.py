@@ -15,7 +15,7 @@ from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.pairing import Pairing
 from wtn_pretrain.models.base import BlockConfig, Flops
 from wtn_pretrain.planning.footprint import FusedAttention, Training, teaching_peak, training_peak
-from wtn_pretrain.planning.pieces import Piece, allocate, autocast, batch, cut, row_bytes
+from wtn_pretrain.planning.pieces import Piece, allocate, autocast, batch, cut, fewest_rows, row_bytes
 
 STATES = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}
 """Optimizer -> numbers of state a parameter."""
@@ -139,7 +139,7 @@ def declared(
 def _declared(piece: Piece, section: ImitateSection, rows: int, target: Device, fed: str, quick: bool) -> UnitCost:
     unit = piece.unit
     # times are linear in the rows here, so two points tell all
-    made = working_sets(piece, section, {rows} if quick else {math.ceil(rows / 4), rows}, fed)
+    made = working_sets(piece, section, {rows} if quick else {max(math.ceil(rows / 4), fewest_rows(piece, rows)), rows}, fed)
     if quick and rows > 1:
         made += [WorkingSet(1, *(size // rows for size in found[1:])) for found in made]
     # a backward pass costs twice a forward pass; what an operator makes is written once and read about once

@@ -96,6 +96,12 @@ def autocast(section: ImitateSection, device: str) -> Callable[[], torch.autocas
     return lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=section.precision == "bf16")
 
 
+def fewest_rows(piece: Piece, rows: int) -> int:
+    """The fewest of `rows` rows that its student learns from alone: a batch norm needs two pixels. Replicas share theirs."""
+    norms = any(isinstance(module, nn.BatchNorm2d) for module in piece.unit.student.modules())
+    return min(rows, 2) if norms and piece.student_out.hidden[0, 0].numel() == 1 else 1
+
+
 def row_bytes(flow: Flow | Tensor) -> int:
     """Bytes of one row."""
     if isinstance(flow, Tensor):
@@ -106,6 +112,8 @@ def row_bytes(flow: Flow | Tensor) -> int:
 def _flow_through(unit: Unit, teacher: Flow, student: Flow, section: ImitateSection) -> tuple[Carry, Carry]:
     """What leaves the unit on both sides. Tensors without data, which unlike meta tensors know autocast."""
     made = copy.deepcopy(unit)
+    # the variance of one row's one pixel would be refused
+    made.learn(False)
     with FakeTensorMode(), torch.no_grad(), autocast(section, "cpu")():
         allocate(made, "cpu")
         target, _ = made.teach(batch(teacher, 1, "cpu"))

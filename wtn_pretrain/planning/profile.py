@@ -23,7 +23,7 @@ from wtn_pretrain.models.base import BlockConfig, Flops
 from wtn_pretrain.parallel.replicas import Replicas, forget_replicas
 from wtn_pretrain.planning.costs import Curve, UnitCost, describe, working_sets
 from wtn_pretrain.planning.footprint import train
-from wtn_pretrain.planning.pieces import Piece, autocast, batch, cut, materialise
+from wtn_pretrain.planning.pieces import Piece, autocast, batch, cut, fewest_rows, materialise
 from wtn_pretrain.training.optimizers import decay_groups, make_optimizer
 
 RUNTIME = 55_000_000
@@ -98,7 +98,7 @@ class _Plain:
 
 
 def _measured(piece: Piece, section: ImitateSection, rows: int, fed: str, repeats: int, alone: Replicas | None) -> UnitCost:
-    counts = sorted({math.ceil(rows / parts) for parts in (1, 2, 4, 16)})
+    counts = sorted({max(math.ceil(rows / parts), fewest_rows(piece, rows)) for parts in (1, 2, 4, 16)})
     unit = materialise(piece.unit, device())
     unit.learn(piece.learns)
     learner = _learner(unit, section, alone) if piece.learns else None

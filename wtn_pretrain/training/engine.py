@@ -213,6 +213,8 @@ def _check_network(config: dict[str, Any], section: TrainSection, stage: str, ne
         raise UserError(
             f"{stage}.precision: {section.precision} would round the statistics of a {network.config.family}'s batch norms; use bf16"
         )
+    if section.batch_norms == "rank" and not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        raise UserError(f"{stage}.batch_norms: a {network.config.family} has none; leave the key out")
     check_buffers(config["zero_optimization"], STATES[section.optimizer.name], section.deepspeed)
 
 

@@ -18,7 +18,7 @@ from wtn_pretrain.data.stream import Batch, batches
 from wtn_pretrain.device import RunAhead, device, peak_flops, peak_memory, to_device
 from wtn_pretrain.errors import Preempted, UserError
 from wtn_pretrain.models.base import BlockNetwork
-from wtn_pretrain.parallel.batchnorm import RunningStatistics
+from wtn_pretrain.parallel.batchnorm import RunningStatistics, enough_samples
 from wtn_pretrain.parallel.grid import Grid
 from wtn_pretrain.parallel.launch import Place, wait_for_all
 from wtn_pretrain.parallel.preemption import Departure, Notice
@@ -122,6 +122,7 @@ class _Training:
         self.average = Average(network, section.ema) if section.ema else None
         own = section.batch_norms == "rank" and grid.data_count > 1
         self.statistics = RunningStatistics(network, grid.data_group) if own else None
+        self.remedy = "take more samples" + (f", fewer ranks or {stage}.batch_norms all" if own else "")
         identity: dict[str, int | str] = {
             "stage": stage,
             "seed": seed,
@@ -236,7 +237,8 @@ class _Training:
         self.guard.begin()
         for number, batch in enumerate(micro_batches, start=1):
             self.watch.at(f"micro-batch {number}", step + 1)
-            losses = engine(to_device(batch), terms=terms)
+            with enough_samples(f"{self.stage}.micro_batch_size", self.remedy):
+                losses = engine(to_device(batch), terms=terms)
             engine.backward(weighed(losses["loss"]))
             if number == self.stream.accumulation:
                 norm = self.guard.look(telling)

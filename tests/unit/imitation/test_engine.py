@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wtn_pretrain.data.stream import BatchStream
+from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.bridges import make_bridges
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.engine import Run
@@ -211,3 +212,14 @@ def test_hybrid_is_a_teacher_fed_pass_and_a_student_fed_one() -> None:
     order = phases(section(steps=10, teacher_fed_share=0.3), units=4, learns_stem=True)
     assert [(phase.fed, phase.steps, phase.losses) for phase in order] == [("teacher", 3, (0, 1, 2, 3, 4)), ("student", 7, (0, 1, 2, 3, 4))]
     assert [phase.fed for phase in phases(section(teacher_fed_share=0.0), 2, False)] == ["student"]
+
+
+def test_one_sample_whose_last_block_has_one_pixel_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"block": "basic", "stem": "cifar", "stem_channels": 4, "image_channels": 1, "image_size": 8, "classes": 3}
+    config = ResNetConfig(**shape, channels=(4, 4, 4, 4), depths=(1, 1, 1, 1))
+    monkeypatch.setitem(PAIRS, "resnet to a pixel", (config, config.widen(2, 1, None)))
+    imitator, stream, (phase, *_) = setup("resnet to a pixel", section(schedule="joint", batch_size=1))
+    imitator.begin(phase)
+    batch = stream.micro_batch(0, 0)
+    with pytest.raises(UserError, match=r"^narrow.micro_batch_size: a rank's pass is one sample.*take more samples$"):
+        imitator.step(phase, Entry(batch, batch))

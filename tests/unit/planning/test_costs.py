@@ -1,6 +1,7 @@
 """Costs by shape against what real units hold and make; profiles; the declared link's measured counterpart."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from wtn_pretrain.errors import UserError
 from wtn_pretrain.imitation.config import ImitateSection
 from wtn_pretrain.imitation.pairing import Pairing, pair
 from wtn_pretrain.models import BertConfig, BlockConfig, ResNetConfig
@@ -172,3 +174,17 @@ def test_a_measured_link_is_the_same_to_all_ranks(tmp_path: Path) -> None:
 def test_unit_costs_are_hashable_values() -> None:
     costs: list[UnitCost] = declared(*networks("bert inner"), ImitateSection(), ROWS, target=CORE)
     assert len(set(costs)) == 2  # the stem, and four equal layers
+
+
+def test_a_network_that_ends_in_one_pixel_can_be_planned_and_one_sample_of_it_cannot(one_rank: None) -> None:
+    thin = ResNetConfig(**{**RESNET.model_dump(), "depths": (1, 1, 1, 1), "channels": (8,) * 4, "inner_channels": None})
+    of_pair = thin, thin.widen(2, 1, None)
+    known = *of_pair, pair(*of_pair), (flops(of_pair[0]), flops(of_pair[1]))
+    for rows in (4, 2):
+        section = ImitateSection(batch_size=rows)
+        for found in (declared(*known, section, rows, target=CORE), profile(*known, section, rows, repeats=1).costs):
+            # one row a replica is what several replicas may have
+            assert all((cost.student.at(np.array([1, rows])) > 0).all() for cost in found)
+    for costs in (partial(declared, target=CORE), partial(profile, repeats=1)):
+        with pytest.raises(UserError, match=r"^narrow.micro_batch_size: a rank's pass is one sample"):
+            costs(*known, ImitateSection(batch_size=1), 1)

@@ -69,3 +69,11 @@ def test_memory_of_a_step_through_all_units_is_as_planned(name: str, schedule: s
 def test_a_loss_that_holds_more_is_planned_with_it() -> None:
     section = ImitateSection.model_validate({"schedule": "joint", "loss": "mobilebert", "batch_size": ROWS})
     assert bytes_planned(*PAIRS["bert inner"], section) == pytest.approx(bytes_made(*PAIRS["bert inner"], section), rel=0.1)
+
+
+def test_buckets_of_zero_are_no_larger_than_what_they_take() -> None:
+    section = ImitateSection.model_validate({"schedule": "joint", "deepspeed": "ds_configs/zero2.json", "batch_size": ROWS})
+    # two of them, which were 400 MB: 50 million numbers of 4 bytes each
+    plain = section.model_copy(update={"deepspeed": "ds_configs/zero0.json"})
+    parameters = sum(parameter.numel() for parameter in BERT.build().parameters())
+    assert bytes_made(*PAIRS["bert inner"], section) <= bytes_made(*PAIRS["bert inner"], plain) + 2 * 4 * parameters

@@ -42,3 +42,6 @@ def test_a_step_takes_no_page_from_the_kernel_again() -> None:
     # a threshold of 64 KiB, at which every tensor goes back to the kernel: what the test would see if nothing were kept
     kept, faults = faults_of_a_step(MALLOC_MMAP_THRESHOLD_="65536")
     assert not kept and faults > 4000
+    # tunables that are none of the allocator's are no choice of one
+    assert faults_of_a_step(GLIBC_TUNABLES="glibc.rtld.optional_static_tls=2000")[0]
+    assert not faults_of_a_step(GLIBC_TUNABLES="glibc.malloc.tcache_count=7")[0]
