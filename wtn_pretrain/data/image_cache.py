@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +55,7 @@ def _decode(pixels: DecodedPixels, labels: np.ndarray, folder: Path, faults: Fau
             return error
 
     kept: list[int] = []
-    place = folder / f"pixels.{os.getpid()}.partial"
+    place = folder / f"pixels.{secrets.token_hex(4)}.partial"
     try:
         with place.open("wb") as file:
             for index, found in enumerate(in_order(one, len(labels))):

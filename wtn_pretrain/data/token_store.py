@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Mapping
@@ -43,7 +44,7 @@ def write_part(cache: Path, part: str, texts: Iterable[tuple[bool, str]], tokeni
     count = 0
     bounds = array("q")
     path = tokens_file(cache, part)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     with open(partial, "wb") as stream:
 
         def header() -> None:
@@ -74,7 +75,7 @@ def write_part(cache: Path, part: str, texts: Iterable[tuple[bool, str]], tokeni
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Saves into `folder`, which is replaced as a whole."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     tokenizer.save_pretrained(str(partial))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -114,7 +115,7 @@ def build_once(
                 cache.mkdir(parents=True, exist_ok=True)
                 (cache / name).unlink(missing_ok=True)  # comes last, so that a broken-off build does not count
                 note = {"key": key, **build()}
-                partial = cache / f"{name}.{os.getpid()}.partial"
+                partial = cache / f"{name}.{secrets.token_hex(4)}.partial"
                 partial.write_text(json.dumps(note, indent=1))
                 os.replace(partial, cache / name)
         except (UserError, OSError) as error:

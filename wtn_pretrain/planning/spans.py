@@ -124,6 +124,9 @@ class SpanCosts:
         work = self._peak(first) + (0 if flow.accumulation == 1 else gradients)
         # replicas average gradients in buckets, a unit's after the other's; what was freed of them stays in a heap of the CPU
         bucket = (trained if self.cluster.slack else np.maximum.accumulate([cost.trained for cost in costs])[:, None]) * (replicas > 1)
+        if flow.graphs != "unit" and flow.zero:
+            # one engine has all units, and fills a bucket while another is sent
+            bucket = 2 * trained * (replicas > 1)
         return Memory(
             base=np.full((lasts, len(replicas)), self.cluster.base),
             teacher=summed([cost.teacher_weights for cost in costs]),
