@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.cluster.hosts import Host, hosts, why_not
-from tests.running import environment
+from tests.running import environment, steps_logged
 
 NEEDS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2")
@@ -134,4 +134,19 @@ def _until(ready: object, what: str, one: Slurm, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not ready():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"{what} has not started\n{one.logs()}"
+        time.sleep(0.1)
+
+
+def told(folder: Path, job: int) -> str:
+    """All that a job has said."""
+    logs = [*folder.glob(f"*-{job}.out"), *sorted(folder.glob(f"logs/*-{job}/*.log"))]
+    return "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in logs)
+
+
+def until_step(cluster: Slurm, folder: Path, job: int, step: int, timeout: float = 240) -> None:
+    """Waits until the run of a job has logged a step of stage 1."""
+    deadline = time.monotonic() + timeout
+    while max(steps_logged(folder / "runs/bert/wide"), default=0) < step:
+        assert cluster.facts(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), told(folder, job)
+        assert time.monotonic() < deadline, told(folder, job)
         time.sleep(0.1)

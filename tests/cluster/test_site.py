@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.cluster.hosts import Host
-from tests.cluster.slurm import NODES, Slurm, slurm, why_no_slurm
+from tests.cluster.slurm import NODES, Slurm, slurm, told, until_step, why_no_slurm
 from tests.running import BERT, ROOT, recipe, steps_logged, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm() or "Slurm is here")]
@@ -56,20 +55,6 @@ def sbatch(cluster: Slurm, copy: Path, folder: Path, environment: dict[str, str]
     script = str(copy / "scripts/slurm/wide.sbatch")
     call = ["env", "-i", *given, "sbatch", "--parsable", *options, script, "--config", "recipe.yaml"]
     return int(cluster.succeed(*call, cwd=folder).split(";")[0])
-
-
-def told(folder: Path, job: int) -> str:
-    """All that a job has said."""
-    logs = [*folder.glob(f"*-{job}.out"), *sorted(folder.glob(f"logs/*-{job}/*.log"))]
-    return "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in logs)
-
-
-def until_step(cluster: Slurm, folder: Path, job: int, step: int, timeout: float = 240) -> None:
-    deadline = time.monotonic() + timeout
-    while max(steps_logged(folder / "runs/bert/wide"), default=0) < step:
-        assert cluster.facts(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), told(folder, job)
-        assert time.monotonic() < deadline, told(folder, job)
-        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import CPUS, Slurm, slurm, why_no_slurm
+from tests.cluster.slurm import CPUS, Slurm, slurm, told, until_step, why_no_slurm
 from tests.running import BERT, ROOT, Forge, equal_bits, losses, recipe, steps_logged, weights, write_recipe
 from wtn_pretrain.parallel.launchers import expand_hosts
 
@@ -38,21 +38,6 @@ def submit(cluster: Slurm, folder: Path, *arguments: str, ranks: int = 1) -> str
     """tools/submit.py for two nodes of `ranks` ranks, followed to the end of its jobs, which must succeed."""
     call = ["python", str(ROOT / "tools/submit.py"), "recipe.yaml", "--nodes", "2", "--ranks-per-node", str(ranks)]
     return cluster.succeed(*call, "--gpus-per-node", "0", "--time", "20", *arguments, cwd=folder, timeout=600)
-
-
-def told(folder: Path, job: int) -> str:
-    """All that a job has said."""
-    logs = [*folder.glob(f"*-{job}.out"), *sorted(folder.glob(f"logs/*-{job}/*.log"))]
-    return "\n".join(f"{path.name}: {path.read_text()[-3000:]}" for path in logs)
-
-
-def until_step(cluster: Slurm, folder: Path, job: int, step: int, timeout: float = 240) -> None:
-    """Waits until the run of a job has logged a step of stage 1."""
-    deadline = time.monotonic() + timeout
-    while max(steps_logged(folder / "runs/bert/wide"), default=0) < step:
-        assert cluster.facts(job)["JobState"] in ("PENDING", "RUNNING", "CONFIGURING"), told(folder, job)
-        assert time.monotonic() < deadline, told(folder, job)
-        time.sleep(0.1)
 
 
 def test_lists_of_hosts_are_read_as_slurm_does(cluster: Slurm) -> None:
