@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from wtn_pretrain.data.image_files import DecodedPixels, Encoded, FileImages, Su
 from wtn_pretrain.data.image_shards import TarImages
 from wtn_pretrain.data.token_store import build_once
 from wtn_pretrain.errors import UserError
-from wtn_pretrain.files import write_beside
+from wtn_pretrain.files import draft_of, write_beside
 
 _FORMAT = 1
 _CARD = "card.json"
@@ -55,7 +54,7 @@ def _decode(pixels: DecodedPixels, labels: np.ndarray, folder: Path, faults: Fau
             return error
 
     kept: list[int] = []
-    place = folder / f"pixels.{secrets.token_hex(4)}.partial"
+    place = draft_of(folder / "pixels")
     try:
         with place.open("wb") as file:
             for index, found in enumerate(in_order(one, len(labels))):

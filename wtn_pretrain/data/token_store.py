@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ import torch
 
 from wtn_pretrain.data.tokenizer import encode
 from wtn_pretrain.errors import UserError
+from wtn_pretrain.files import draft_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def write_part(cache: Path, part: str, texts: Iterable[tuple[bool, str]], tokeni
     count = 0
     bounds = array("q")
     path = tokens_file(cache, part)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    partial = draft_of(path)
     with open(partial, "wb") as stream:
 
         def header() -> None:
@@ -75,7 +75,7 @@ def write_part(cache: Path, part: str, texts: Iterable[tuple[bool, str]], tokeni
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Saves into `folder`, which is replaced as a whole."""
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    partial = draft_of(folder)
     tokenizer.save_pretrained(str(partial))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -115,7 +115,7 @@ def build_once(
                 cache.mkdir(parents=True, exist_ok=True)
                 (cache / name).unlink(missing_ok=True)  # comes last, so that a broken-off build does not count
                 note = {"key": key, **build()}
-                partial = cache / f"{name}.{secrets.token_hex(4)}.partial"
+                partial = draft_of(cache / name)
                 partial.write_text(json.dumps(note, indent=1))
                 os.replace(partial, cache / name)
         except (UserError, OSError) as error:

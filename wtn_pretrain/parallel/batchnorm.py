@@ -94,7 +94,7 @@ class RunningStatistics:
     """
 
     def __init__(self, network: nn.Module, group: dist.ProcessGroup | None) -> None:
-        """`group`: the ranks that see different samples; None: all. The network keeps its buffers, in place."""
+        """`network`: has batch norms, and keeps their buffers, in place. `group`: the ranks that see different samples; None: all."""
         norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
         self._buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
         self._group = group
@@ -102,11 +102,10 @@ class RunningStatistics:
     @torch.no_grad()
     def average(self) -> None:
         """Every rank's become the mean over the ranks, the same bits everywhere; one message."""
-        if self._buffers:
-            flat = torch.cat(self._buffers)
-            dist.all_reduce(flat, group=self._group)
-            flat /= dist.get_world_size(self._group)
-            torch._foreach_copy_(self._buffers, list(flat.split([buffer.numel() for buffer in self._buffers])))
+        flat = torch.cat(self._buffers)
+        dist.all_reduce(flat, group=self._group)
+        flat /= dist.get_world_size(self._group)
+        torch._foreach_copy_(self._buffers, list(flat.split([buffer.numel() for buffer in self._buffers])))
 
 
 @contextmanager

@@ -34,8 +34,11 @@ class Flow(NamedTuple):
 def flow(section: ImitateSection, fed: str = "student", zero: int = 0) -> Flow:
     """The flow that a section asks for."""
     rows = section.micro_batch_size or section.batch_size
-    through: Literal["unit", "below"] = "below" if section.schedule == "bottom_up" and section.below == "joint" else "unit"
-    graphs = "all" if section.schedule == "joint" else through
+    graphs: Literal["unit", "all", "below"] = "unit"
+    if section.schedule == "joint":
+        graphs = "all"
+    elif section.schedule == "bottom_up" and section.below == "joint":
+        graphs = "below"
     return Flow(rows, fed, zero, section.in_flight, section.batch_size // rows, 0.5 if section.wire == "bf16" else 1.0, graphs)
 
 
